@@ -1,0 +1,46 @@
+"""Errors that a person reads, and the one place where they become exit codes."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """A mistake in what was given (params, files, arguments): every problem found, exit code 2.
+
+    Args:
+        problems: One message or several; each says what was given, what is allowed and what to do.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RunError(Exception):
+    """A run that was set up correctly and failed all the same (a loss of NaN, a full disk): exit code 1."""
+
+
+def main(function: Callable[[], None]) -> int:
+    """Runs a command's body and turns the two errors above into a message and an exit code.
+
+    Args:
+        function: The body; anything else that it raises is a defect of ours and keeps its traceback.
+
+    Returns:
+        0, or 2 after a `UserError`, or 1 after a `RunError` or an interrupt.
+    """
+    try:
+        function()
+    except UserError as error:
+        count = len(error.problems)
+        print(f"error: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,80 @@
+"""Where every part of a comparison lies on disk, and writes that a reader never sees half done."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RAW = Path("data/raw")
+PREPARED = Path("data/prepared")
+MODELS = Path("models")
+WEIGHTS = Path("weights")
+RESULTS = Path("results")
+REPORTS = Path("reports")
+
+# The untrained model is scored like a method, so that every table has a zero row.
+BASE_METHOD = "base"
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training of the grid: a model, a task, a method and a seed."""
+
+    model: str
+    task: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """`MODEL/TASK/METHOD/seed-S`, the cell's folder below `results` and `weights`."""
+        return f"{self.model}/{self.task}/{self.method}/seed-{self.seed}"
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / self.name
+
+    @property
+    def weights(self) -> Path:
+        return WEIGHTS / self.name
+
+    @classmethod
+    def parse(cls, name: str) -> "Cell":
+        """The inverse of `name`.
+
+        Raises:
+            ValueError: `name` is not of that form.
+        """
+        model, task, method, seed = name.split("/")
+        return cls(model, task, method, int(seed.removeprefix("seed-")))
+
+
+def atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a neighbour of `path`, then renames it into place, so that `path` is old or new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically; NaN and infinities are refused with a ValueError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_parquet(path: Path, frame: "pd.DataFrame") -> None:
+    """Writes a frame as Parquet (zstd), atomically and without its index."""
+    atomic(path, lambda temporary: frame.to_parquet(temporary, index=False, compression="zstd"))
