@@ -1,0 +1,466 @@
+"""What params.yaml may hold, checked before anything runs.
+
+No field that shapes a result has a default: what a cell was made with stands in params.yaml, where DVC sees it change.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from molf.errors import UserError
+from molf.paths import BASE_METHOD, Cell
+
+PARAMS = Path("params.yaml")
+SOURCES_LOCK = Path("sources.lock")
+# A name becomes part of a folder, of a DVC stage and of a Prefect key: the intersection of what these allow.
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+SHA = re.compile(r"[0-9a-f]{40}")
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Block(BaseModel):
+    """A mapping in params.yaml: an unknown key is a mistake, and text is never taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# --- grid ----------------------------------------------------------------------------------------------------------
+
+
+class Grid(Block):
+    """Every combination of these is one cell; each name must have a block below the section of the same name."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    tasks: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> "Grid":
+        for axis, values in self:
+            repeated = sorted({str(value) for value in values if values.count(value) > 1})
+            if repeated:
+                raise ValueError(f"{axis} repeats {', '.join(repeated)}; each may stand once")
+        return self
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class TinyModel(Block):
+    """A model that the `base` stage builds and pretrains on generated text."""
+
+    kind: Literal["tiny"]
+    path: str  # the builder, which DVC watches
+    seed: Seed
+    layers: Count
+    width: Count
+    heads: Count
+    vocabulary: Annotated[int, Field(ge=300)]  # tokens, the 256 bytes included
+    steps: Count  # pretraining steps
+
+
+class PathModel(Block):
+    """A folder in the format of transformers: config.json, *.safetensors, tokenizer files."""
+
+    kind: Literal["path"]
+    path: str
+
+
+class GgufModel(Block):
+    """A GGUF file, from a local path or from an installed package that assembles it."""
+
+    kind: Literal["gguf"]
+    path: str  # the .gguf file; with `package`, sources.lock, which holds the file's sha256
+    package: str | None = None  # import name of the package that carries the file
+
+
+class HubModel(Block):
+    """A model on the Hugging Face hub; a revision that is not a commit is pinned in sources.lock by `molf pin`."""
+
+    kind: Literal["hub"]
+    path: Literal["sources.lock"]
+    id: str
+    revision: str
+
+
+ModelBlock = Annotated[TinyModel | PathModel | GgufModel | HubModel, Field(discriminator="kind")]
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------
+
+Split = Literal["train", "validation", "test"]
+
+
+class GeneratedSource(Block):
+    """Rows made by the built-in generator."""
+
+    kind: Literal["generated"]
+    path: str  # the generator, which DVC watches
+    seed: Seed
+    rows: dict[Split, Count]
+
+
+class FileSource(Block):
+    """A local file, or a folder with a file for each split."""
+
+    kind: Literal["file"]
+    path: str  # file or folder, relative to the project's root; DVC watches all of it
+    files: dict[Split, str] = {}  # file names in the folder; empty when `path` is the one file
+
+    def locations(self) -> dict[str, str]:
+        """Where each given split lies: {split: path}."""
+        if not self.files:
+            return {"train": self.path}
+        return {split: str(Path(self.path) / name) for split, name in self.files.items()}
+
+
+class UrlSource(Block):
+    """Files behind any URL that fsspec reads; their sha256 are pinned in sources.lock by `molf pin`."""
+
+    kind: Literal["url"]
+    path: Literal["sources.lock"]
+    files: Annotated[dict[Split, str], Field(min_length=1)]
+
+    def locations(self) -> dict[str, str]:
+        """Where each given split lies: {split: URL}."""
+        return {split: url for split, url in self.files.items()}
+
+
+class HubSource(Block):
+    """A data set on the Hugging Face hub; a revision that is not a commit is pinned in sources.lock by `molf pin`."""
+
+    kind: Literal["hub"]
+    path: Literal["sources.lock"]
+    id: str
+    revision: str
+    config: str | None = None
+    splits: Annotated[dict[Split, str], Field(min_length=1)]  # our split -> the data set's split
+
+
+Source = Annotated[GeneratedSource | FileSource | UrlSource | HubSource, Field(discriminator="kind")]
+
+
+class Limits(Block):
+    """The most rows that a split keeps, drawn by `split_seed`; null keeps all."""
+
+    train: Count | None
+    validation: Count | None
+    test: Count | None
+
+
+class NoOptions(Block):
+    """A task without options of its own."""
+
+
+class SqlOptions(Block):
+    databases: str | None = None  # folder or .tar.gz with DB/DB.sqlite, for Spider rows
+
+
+class MedOptions(Block):
+    first_option: Literal[0, 1]  # how `cop` counts: MedMCQA's files from 1, the hub's copy from 0
+
+
+class TaskBase(Block):
+    source: Source
+    limits: Limits
+    split_seed: Seed
+    max_rejected: Fraction  # share of raw rows that may be bad before `prepare` fails
+    training: dict[str, Any]  # overrides of `training` for this task, alike for every method
+
+
+class SqlTask(TaskBase):
+    kind: Literal["sql"]
+    options: SqlOptions
+
+
+class MedTask(TaskBase):
+    kind: Literal["med"]
+    options: MedOptions
+
+
+class FactTask(TaskBase):
+    kind: Literal["fact"]
+    options: NoOptions
+
+
+TaskBlock = Annotated[SqlTask | MedTask | FactTask, Field(discriminator="kind")]
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+class FftMethod(Block):
+    """Full fine-tuning: every parameter with AdamW."""
+
+    kind: Literal["fft"]
+    learning_rate: Positive
+    weight_decay: NotNegative
+
+
+class LoraMethod(Block):
+    """One LoRA adapter by PEFT on all linear layers but the excluded."""
+
+    kind: Literal["lora"]
+    r: Count
+    lora_alpha: Positive
+    use_rslora: bool  # scale alpha / sqrt(r) instead of alpha / r
+    lora_dropout: Fraction
+    exclude_modules: list[str]
+    learning_rate: Positive
+    weight_decay: NotNegative
+
+
+class MolfMethod(Block):
+    """Mixture of LoRA and full: each module's update goes to its weight or to a LoRA expert (DESIGN.md section 2)."""
+
+    kind: Literal["molf"]
+    r: Annotated[list[Count], Field(min_length=1)]
+    lora_alpha: Positive
+    use_rslora: bool
+    lora_dropout: Fraction
+    exclude_modules: list[str]
+    forward: Literal["auto", "effective", "dense"]
+    top_k: Count  # experts that win in each module and step
+    score: Literal["epd", "pfn"]
+    learning_rate: Positive  # of the full weights and of everything outside the target modules
+    lora_learning_rate: Positive
+    weight_decay: NotNegative
+    lora_weight_decay: NotNegative
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MolfMethod":
+        if self.top_k > len(self.r) + 1:
+            raise ValueError(f"top_k is {self.top_k}, but there are {len(self.r) + 1} experts (the full weight included)")
+        if self.forward == "effective" and self.lora_dropout > 0:
+            raise ValueError("forward: effective needs lora_dropout: 0; use forward: auto or dense")
+        return self
+
+
+class MolfEfficientMethod(Block):
+    """MoLF with a frozen base: each module's update goes to one of several LoRA experts."""
+
+    kind: Literal["molf-e"]
+    r: Annotated[list[Count], Field(min_length=2)]
+    lora_alpha: Positive
+    use_rslora: bool
+    lora_dropout: Fraction
+    exclude_modules: list[str]
+    top_k: Count
+    score: Literal["epd", "pfn"]
+    learning_rate: Positive
+    weight_decay: NotNegative
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MolfEfficientMethod":
+        if self.top_k > len(self.r):
+            raise ValueError(f"top_k is {self.top_k}, but there are {len(self.r)} experts")
+        return self
+
+
+MethodBlock = Annotated[FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod, Field(discriminator="kind")]
+
+
+# --- training, evaluation, compare, tracking -----------------------------------------------------------------------
+
+
+class Training(Block):
+    """The budget of a cell, alike for every method."""
+
+    max_length: Annotated[int, Field(ge=8)]  # tokens; a longer example is dropped and counted
+    batch_size: Count  # examples in one forward
+    gradient_accumulation: Count  # forwards in one optimizer step
+    epochs: Positive
+    max_steps: Count | None  # optimizer steps; null lets `epochs` decide
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: Fraction  # share of the steps
+    max_grad_norm: Positive
+    dtype: Literal["auto", "float32", "bfloat16"]  # auto: float32 weights; on CUDA under bfloat16 autocast
+    threads: Count | None  # CPU threads of a cell; null takes what torch finds
+    keep: Literal["all", "adapter-only", "none"]  # which weights stay after the evaluation
+
+
+class Evaluation(Block):
+    batch_size: Count
+    max_new_tokens: dict[Literal["sql", "med", "fact"], Count]
+
+
+class Compare(Block):
+    margin: Fraction  # what counts as not worse, absolute
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    bootstrap: Annotated[int, Field(ge=100)]  # resamples
+    seed: Seed
+
+
+class Tracking(Block):
+    experiment: str  # name of the MLflow experiment
+
+
+class Params(Block):
+    grid: Grid
+    models: dict[str, ModelBlock]
+    tasks: dict[str, TaskBlock]
+    methods: dict[str, MethodBlock]
+    training: Training
+    evaluation: Evaluation
+    compare: Compare
+    tracking: Tracking
+
+    @field_validator("models", "tasks", "methods")
+    @classmethod
+    def _names(cls, blocks: dict[str, Any]) -> dict[str, Any]:
+        bad = [name for name in blocks if not NAME.fullmatch(name)]
+        if bad:
+            raise ValueError(f"{', '.join(map(repr, bad))}: names are lower-case letters, digits, '-' and '_'")
+        if BASE_METHOD in blocks:
+            raise ValueError(f"{BASE_METHOD!r} is taken: it names the untrained model in every table")
+        return blocks
+
+    def training_for(self, task: str) -> Training:
+        """`training` with the task's overrides."""
+        return Training.model_validate({**self.training.model_dump(), **self.tasks[task].training})
+
+    def cells(self) -> list[Cell]:
+        """The grid's cells, in the order of its lists."""
+        return [
+            Cell(model, task, method, seed)
+            for model in self.grid.models
+            for task in self.grid.tasks
+            for method in self.grid.methods
+            for seed in self.grid.seeds
+        ]
+
+
+def load_params(path: str | Path = PARAMS) -> Params:
+    """Reads and checks params.yaml.
+
+    Raises:
+        UserError: Every problem found, each with its key and the file.
+    """
+    return check_params(read_yaml(Path(path)), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content as plain types, read by the same YAML 1.2 rules as DVC's.
+
+    Raises:
+        UserError: The file lacks or does not parse.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): run this in the project's root folder") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def check_params(raw: Any, file: str) -> Params:
+    """Checks plain data against the types above and the grid against the blocks.
+
+    Raises:
+        UserError: Every problem found, each with its key and `file`.
+    """
+    problems: list[str] = []
+    params = None
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        problems += [f"{file}: {_sentence(problem)}" for problem in error.errors()]
+    if isinstance(raw, dict):
+        problems += [f"{file}: {problem}" for problem in _cross_checks(raw)]
+    if problems or params is None:
+        raise UserError(problems)
+    return params
+
+
+def cell_config(params: Params, cell: Cell) -> dict[str, Any]:
+    """What params.yaml says of a cell's training, as plain data: its `run.json` keeps it, `compare` holds it against now.
+
+    Just what DVC watches for the `train` stage. Data and model enter a fingerprint by their hashes instead, since another
+    block may well make the same bytes.
+    """
+    return {
+        "method": params.methods[cell.method].model_dump(mode="json"),
+        "training": params.training_for(cell.task).model_dump(mode="json"),
+        "seed": cell.seed,
+    }
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of plain data: 16 hexadecimal digits that change with any of it."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
+    """Problems that no single field shows. Works on raw data, so that they are reported beside the fields' own."""
+    grid = raw.get("grid")
+    for axis in ("models", "tasks", "methods"):
+        wanted = grid.get(axis) if isinstance(grid, dict) else None
+        blocks = raw.get(axis)
+        if isinstance(wanted, list) and isinstance(blocks, dict):
+            for name in wanted:
+                if name not in blocks:
+                    yield f"grid.{axis}: there is no {axis}.{name}; there is {', '.join(map(str, blocks))}"
+    if isinstance(grid, dict) and all(isinstance(grid.get(axis), list) for axis in Grid.model_fields):
+        keys: dict[str, tuple[Any, ...]] = {}
+        for model in grid["models"]:
+            for task in grid["tasks"]:
+                for method in grid["methods"]:
+                    key = f"{model}-{task}-{method}"
+                    other = keys.setdefault(key, (model, task, method))
+                    if other != (model, task, method):
+                        yield f"grid: {other} and {(model, task, method)} both make the stage name {key}; rename one"
+    training, tasks = raw.get("training"), raw.get("tasks")
+    for name, task in tasks.items() if isinstance(tasks, dict) else ():
+        overrides = task.get("training") if isinstance(task, dict) else None
+        if not isinstance(overrides, dict) or not isinstance(training, dict):
+            continue
+        try:
+            Training.model_validate({**training, **overrides})
+        except ValidationError as error:
+            for problem in error.errors():
+                if problem["loc"] and problem["loc"][0] in overrides:
+                    yield _sentence(problem, f"tasks.{name}.training")
+
+
+def _sentence(problem: Any, prefix: str = "") -> str:
+    """One of pydantic's errors as `key: what was given, what is allowed`."""
+    # The tag of a discriminated union stands in the path too, where no such key is in the file.
+    path = [str(part) for part in problem["loc"]]
+    tags = {"tiny", "path", "gguf", "hub", "generated", "file", "url", "sql", "med", "fact", "fft", "lora", "molf", "molf-e"}
+    section = path[0] if path else ""
+    keys = [part for i, part in enumerate(path) if not (part in tags and section in ("models", "tasks", "methods") and _is_tag(path, i))]
+    key = ".".join(([prefix] if prefix else []) + keys) or "(top level)"
+    given, context = problem.get("input"), problem.get("ctx", {})
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key; remove it or correct its spelling"
+        case "missing":
+            return f"{key}: missing; see params.yaml of the preset tiny for every key"
+        case "union_tag_invalid":
+            return f"{key}.kind: {context['tag']!r} is not known; allowed: {context['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{key}.kind: missing; it says which keys belong here"
+        case "value_error":
+            return f"{key}: {context['error']}"
+        case _:
+            shown = repr(given)
+            return f"{key}: {shown if len(shown) <= 60 else shown[:57] + '...'}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _is_tag(path: list[str], index: int) -> bool:
+    """Whether path[index] is a union's tag: right after a block's name, or right after `source`."""
+    return index == 2 or (index >= 3 and path[index - 1] == "source")
