@@ -241,7 +241,9 @@ class MolfMethod(Block):
     @model_validator(mode="after")
     def _fits(self) -> "MolfMethod":
         if self.top_k > len(self.r) + 1:
-            raise ValueError(f"top_k is {self.top_k}, but there are {len(self.r) + 1} experts (the full weight included)")
+            raise ValueError(
+                f"top_k is {self.top_k}, but there are {len(self.r) + 1} experts (the full weight included)"
+            )
         if self.forward == "effective" and self.lora_dropout > 0:
             raise ValueError("forward: effective needs lora_dropout: 0; use forward: auto or dense")
         return self
@@ -440,9 +442,28 @@ def _sentence(problem: Any, prefix: str = "") -> str:
     """One of pydantic's errors as `key: what was given, what is allowed`."""
     # The tag of a discriminated union stands in the path too, where no such key is in the file.
     path = [str(part) for part in problem["loc"]]
-    tags = {"tiny", "path", "gguf", "hub", "generated", "file", "url", "sql", "med", "fact", "fft", "lora", "molf", "molf-e"}
+    tags = {
+        "tiny",
+        "path",
+        "gguf",
+        "hub",
+        "generated",
+        "file",
+        "url",
+        "sql",
+        "med",
+        "fact",
+        "fft",
+        "lora",
+        "molf",
+        "molf-e",
+    }
     section = path[0] if path else ""
-    keys = [part for i, part in enumerate(path) if not (part in tags and section in ("models", "tasks", "methods") and _is_tag(path, i))]
+    keys = [
+        part
+        for i, part in enumerate(path)
+        if not (part in tags and section in ("models", "tasks", "methods") and _is_tag(path, i))
+    ]
     key = ".".join(([prefix] if prefix else []) + keys) or "(top level)"
     given, context = problem.get("input"), problem.get("ctx", {})
     match problem["type"]:

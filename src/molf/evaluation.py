@@ -115,5 +115,3 @@ class LanguageModel:
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=what, unit="batch", disable=not self.progress, leave=False):
             yield order[start : start + self.batch_size]
-
-

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 WEIGHTS_PATTERN = "*.safetensors"
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
 INFO = "molf_model.json"
+# Stands in a cell's weights folder when `training.keep` does not let the weights stay.
+ELSEWHERE = "not_kept.json"
 
 
 def build(name: str, block: ModelBlock, directory: Path) -> dict[str, Any]:
@@ -223,6 +224,37 @@ def folder_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's config.json."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+def keeps_weights(keep: str, kind: str) -> bool:
+    """Whether `training.keep` lets a cell's weights stay after their evaluation."""
+    from molf.methods import ADAPTERS
+
+    return keep == "all" or (keep == "adapter-only" and kind in ADAPTERS)
+
+
+def find_weights(directory: Path) -> tuple[Path, Path | None]:
+    """Where a cell's weights lie: (their folder, the folder to delete after the evaluation or None).
+
+    Raises:
+        UserError: They were not kept and are gone, or are of another training.
+    """
+    note = directory / ELSEWHERE
+    if not note.is_file():
+        return directory, None
+    kept = read_json(note)
+    path = Path(kept["path"])
+    if not path.is_dir() or folder_hash(path) != kept["hash"]:
+        raise UserError(
+            f"{directory}: these weights were not kept (training.keep); "
+            "train the cell again with `dvc repro -f -s train@...`, or set training.keep to all"
+        )
+    return path, path
+
+
+def to_device(model: "PreTrainedModel", threads: int | None) -> None:
+    """Puts a model on the GPU where there is one, and sets the CPU threads."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        model.to("cuda")

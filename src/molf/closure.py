@@ -1,0 +1,60 @@
+"""Which files of the package a module needs, read from its imports without running it."""
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+# What no result depends on: views of results, messages, and the reading of params.yaml, whose values DVC watches itself.
+# A change here re-runs nothing.
+VIEWS = frozenset({"molf", "molf.errors", "molf.config", "molf.tracking", "molf.closure"})
+
+
+def closure(module: str, package: Path = PACKAGE) -> set[str]:
+    """Names of all modules of the package that `module` imports, at the top or inside functions, itself included.
+
+    `VIEWS` are left out and not followed, as are report modules reached from anywhere but the report.
+    """
+    seen: set[str] = set()
+    open_modules = [module]
+    while open_modules:
+        name = open_modules.pop()
+        if name in seen or name in VIEWS:
+            continue
+        seen.add(name)
+        open_modules += _imports(name, package)
+    return seen
+
+
+def code_hash(module: str, package: Path = PACKAGE) -> str:
+    """sha256 over the sources of `closure(module)`, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(closure(module, package)):
+        digest.update(name.encode() + b"\0" + module_path(name, package).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def module_path(name: str, package: Path = PACKAGE) -> Path:
+    """The file that holds a module."""
+    base = package.parent.joinpath(*name.split("."))
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+@cache
+def _imports(name: str, package: Path) -> frozenset[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module_path(name, package).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            candidates = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for candidate in candidates:
+            if candidate.split(".")[0] == package.name and module_path(candidate, package).is_file():
+                # Importing a.b.c runs a/__init__ and a/b/__init__ too.
+                parts = candidate.split(".")
+                found.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    return frozenset(found)

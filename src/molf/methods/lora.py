@@ -1,0 +1,56 @@
+"""LoRA: one low-rank adapter on each linear layer, by PEFT, the base frozen."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from molf.config import LoraMethod
+from molf.models import load_model
+
+
+def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
+    """Adds the adapter, in the base's dtype, and freezes all else."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=block.r,
+        lora_alpha=block.lora_alpha,
+        use_rslora=block.use_rslora,
+        lora_dropout=block.lora_dropout,
+        target_modules="all-linear",
+        exclude_modules=list(block.exclude_modules) or None,
+    )
+    # PEFT would make float32 adapters on a bfloat16 base: another precision than the other methods'.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def optimizer(model: PreTrainedModel, block: LoraMethod) -> torch.optim.Optimizer:
+    """AdamW on the adapter."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=block.learning_rate, weight_decay=block.weight_decay, eps=1e-8, fused=True)
+
+
+def before_clip(model: PreTrainedModel) -> None:
+    """Nothing to do."""
+
+
+def routed(block: LoraMethod) -> bool:
+    """No."""
+    return False
+
+
+def save(model: PreTrainedModel, directory: Path, base: Path) -> None:
+    """Writes the adapter."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base)
+    model.save_pretrained(directory)
+
+
+def load(base: Path, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads the base and merges the adapter into it."""
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_model(base, dtype), directory, autocast_adapter_dtype=False)
+    return adapted.merge_and_unload()

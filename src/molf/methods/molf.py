@@ -1,0 +1,59 @@
+"""MoLF: each module's update goes to its full weight or to a LoRA expert, whichever promises the larger descent."""
+
+from pathlib import Path
+
+import torch
+from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
+from molf.optim import MoLFAdamW, molf_param_groups
+from transformers import PreTrainedModel
+
+from molf.config import MolfMethod
+from molf.models import load_model
+
+
+def prepare(model: PreTrainedModel, block: MolfMethod) -> PreTrainedModel:
+    """Gives each target its experts; the base stays trained."""
+    config = MoLFConfig(
+        r=tuple(block.r),
+        lora_alpha=block.lora_alpha,
+        use_rslora=block.use_rslora,
+        lora_dropout=block.lora_dropout,
+        exclude_modules=tuple(block.exclude_modules),
+        train_base=True,
+        forward=block.forward,
+    )
+    model = apply_molf(model.requires_grad_(True), config)
+    defer_lora_gradients(model)
+    return model
+
+
+def optimizer(model: PreTrainedModel, block: MolfMethod) -> torch.optim.Optimizer:
+    """The routed AdamW."""
+    groups = molf_param_groups(
+        model,
+        lr=block.learning_rate,
+        lora_lr=block.lora_learning_rate,
+        weight_decay=block.weight_decay,
+        lora_weight_decay=block.lora_weight_decay,
+    )
+    return MoLFAdamW(groups, eps=1e-8, top_k=block.top_k, score=block.score)
+
+
+def before_clip(model: PreTrainedModel) -> None:
+    """Derives the experts' gradients from the effective weight's, once a step."""
+    derive_lora_gradients(model)
+
+
+def routed(block: MolfMethod) -> bool:
+    """Yes."""
+    return True
+
+
+def save(model: PreTrainedModel, directory: Path, base: Path) -> None:
+    """Merges the experts, which ends the training, and writes all weights."""
+    merge_molf(model).save_pretrained(directory)
+
+
+def load(base: Path, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads all weights; the base is not needed."""
+    return load_model(directory, dtype)

@@ -1,0 +1,75 @@
+"""`python -m molf.stages.evaluate MODEL TASK METHOD SEED`: scores one cell; with MODEL TASK alone, the untrained model."""
+
+import shutil
+import sys
+import time
+
+from molf.config import fingerprint, load_params
+from molf.errors import main
+from molf.paths import BASE_METHOD, MODELS, PREPARED, Cell, read_json, write_json, write_parquet
+
+
+def run() -> None:
+    model, task, method, seed = [*sys.argv[1:], BASE_METHOD, "0"][:4]
+    cell = Cell(model, task, method, int(seed))
+    params = load_params()
+
+    import pandas as pd
+
+    from molf import closure, models, tracking
+    from molf.evaluation import LanguageModel
+    from molf.methods import METHODS
+    from molf.tasks import TASKS
+    from molf.training import weight_dtype
+
+    models.quiet()
+    base, budget = MODELS / cell.model, params.training_for(cell.task)
+    block = params.tasks[cell.task]
+    data = read_json(PREPARED / cell.task / "summary.json")
+    scratch = None
+    if cell.method == BASE_METHOD:
+        trained = fingerprint("untrained", models.describe(base)["hash"])
+        network = models.load_model(base, weight_dtype(budget))
+    else:
+        trained = read_json(cell.results / "train" / "run.json")["fingerprint"]
+        weights, scratch = models.find_weights(cell.weights)
+        network = METHODS[params.methods[cell.method].kind].load(base, weights, weight_dtype(budget))
+    lm = LanguageModel(network, models.load_tokenizer(base), params.evaluation.batch_size, progress=sys.stderr.isatty())
+    models.to_device(network, budget.threads)
+    started = time.perf_counter()
+    scorer = TASKS[block.kind]
+    predictions = scorer.predict(lm, pd.read_parquet(PREPARED / cell.task / "test.parquet"), params.evaluation)
+    scores = scorer.metrics(predictions)
+    seconds = time.perf_counter() - started
+    evaluation = params.evaluation.model_dump(mode="json")
+    code = closure.code_hash("molf.stages.evaluate")
+    report = {
+        "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
+        "fingerprint": fingerprint(trained, data["data_hash"], evaluation, code),
+        "train_fingerprint": trained,
+        "data_hash": data["data_hash"],
+        "task_kind": block.kind,
+        "primary": scores.pop("primary"),
+        "primary_name": scores.pop("primary_name"),
+        "n": scores.pop("n"),
+        "left_out": scores.pop("left_out"),
+        "metrics": scores,
+        "seconds": seconds,
+    }
+    directory = cell.results / "evaluation"
+    shutil.rmtree(directory, ignore_errors=True)
+    write_parquet(directory / "predictions.parquet", predictions)
+    write_json(directory / "metrics.json", report)
+    if cell.method != BASE_METHOD:
+        tracking.log_evaluation(cell.results, params.tracking.experiment)
+    if scratch is not None:
+        shutil.rmtree(scratch)  # training.keep says that these weights go after their evaluation
+    left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items() if count)
+    print(
+        f"{cell.name}: {report['primary_name']} {report['primary']:.3f} on {report['n']} examples in {seconds:.0f} s"
+        + (f" (left out: {left_out})" if left_out else "")
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(run))

@@ -1,0 +1,84 @@
+"""`python -m molf.stages.train MODEL TASK METHOD SEED`: trains one cell of the grid."""
+
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from molf.config import cell_config, fingerprint, load_params
+from molf.errors import RunError, main
+from molf.paths import MODELS, PREPARED, Cell, read_json, write_json, write_parquet
+
+SCRATCH = Path(".molf")
+
+
+def run() -> None:
+    cell = Cell(*sys.argv[1:4], int(sys.argv[4]))
+    params = load_params()
+
+    import pandas as pd
+
+    from molf import closure, machine, models, tracking, training
+
+    models.quiet()
+    base = MODELS / cell.model
+    prepared = PREPARED / cell.task
+    data = read_json(prepared / "summary.json")
+    config = cell_config(params, cell)
+    model, code = models.describe(base), closure.code_hash("molf.stages.train")
+    record: dict[str, Any] = {
+        "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
+        "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, machine.versions()),
+        "config": config,
+        "data": {"hash": data["data_hash"], "generated": data["generated"], "source": data["source"]},
+        "model": model,
+        "code": code,
+        "git_commit": machine.git_commit(),
+        "versions": machine.versions(),
+        "hardware": machine.hardware(params.training.threads),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "generated_data": data["generated"],
+    }
+    results, weights = cell.results / "train", cell.weights
+    for directory in (results, weights):
+        shutil.rmtree(directory, ignore_errors=True)
+    budget = params.training_for(cell.task)
+    kept = models.keeps_weights(budget.keep, params.methods[cell.method].kind)
+    target = weights if kept else SCRATCH / weights
+    shutil.rmtree(target, ignore_errors=True)
+    with tracking.live_run(record, params.tracking.experiment) as live:
+        try:
+            outcome = training.train(
+                base=base,
+                examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["prompt", "completion"]),
+                block=params.methods[cell.method],
+                training=budget,
+                seed=cell.seed,
+                weights=target,
+                scratch=SCRATCH / "trainer" / cell.name,
+                listener=live,
+            )
+        except OSError as error:
+            raise RunError(f"{cell.name}: {error}") from error
+        if not kept:
+            write_json(weights / models.ELSEWHERE, {"path": str(target), "hash": models.folder_hash(target)})
+        summary = {"cell": cell.name, "fingerprint": record["fingerprint"], **outcome.summary}
+        write_parquet(results / "history.parquet", outcome.history)
+        if outcome.routing is not None:
+            write_parquet(results / "routing.parquet", outcome.routing)
+        write_json(results / "summary.json", summary)
+        write_json(results / "run.json", record)
+        live.finish(cell.results)
+    print(
+        f"{cell.name}: {summary['steps']} steps in {summary['train_seconds']:.0f} s, loss {summary['final_loss']:.3f}, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    if summary["routing"]:
+        print("  routing: " + ", ".join(f"{name} {share:.0%}" for name, share in summary["routing"]["share"].items()))
+    for warning in summary["warnings"]:
+        print(f"  WARNING: {warning}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(run))

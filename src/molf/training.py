@@ -1,0 +1,397 @@
+"""The training loop of a cell: transformers' Trainer with the head on supervised positions only, and a record of each step."""
+
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from molf.routing import RoutingError, RoutingRecorder
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from molf.config import MethodBlock, Training
+from molf.encoding import IGNORED, encode_completion, encode_prompt, left_pad
+from molf.errors import RunError, UserError
+from molf.methods import METHODS
+from molf.models import folder_bytes, load_model, load_tokenizer, parameter_counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Listener(Protocol):
+    """Hears of each step while it happens; MLflow's live run is one."""
+
+    def log(self, rows: list[dict[str, float]]) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """What a training leaves: a row a step, the routing's rows, and the summary."""
+
+    history: pd.DataFrame
+    routing: pd.DataFrame | None
+    summary: dict[str, Any]
+
+
+@dataclass
+class Examples(Dataset[dict[str, list[int]]]):
+    """Encoded examples: `prompt` and `completion` token ids, EOS included; too long ones left out and counted."""
+
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    dropped_too_long: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, max_length: int) -> Examples:
+    """Encodes prompt and completion of each row; an example over `max_length` tokens is dropped, never cut.
+
+    Raises:
+        UserError: No example is left.
+    """
+    examples = Examples()
+    for prompt, completion in zip(frame["prompt"], frame["completion"], strict=True):
+        row = {
+            "prompt": encode_prompt(tokenizer, prompt),
+            "completion": [*encode_completion(tokenizer, completion), tokenizer.eos_token_id],
+        }
+        if len(row["prompt"]) + len(row["completion"]) > max_length:
+            examples.dropped_too_long += 1
+        else:
+            examples.rows.append(row)
+    if not examples.rows:
+        raise UserError(
+            f"training.max_length: {max_length} tokens leave none of the {len(frame)} examples; raise it or check the data"
+        )
+    return examples
+
+
+class SeededOrder(Sampler[int]):
+    """A fresh order in each epoch that depends on the seed and the epoch alone, so that it is the same for every method."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.digest = hashlib.sha256()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        self.digest.update(np.asarray(order, dtype=np.int64).tobytes())
+        self.epoch += 1
+        return iter(order)
+
+
+class Collator:
+    """Left-pads examples and marks the completion's tokens as the labels."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        batch = left_pad([row["prompt"] + row["completion"] for row in rows], self.pad_id)
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for i, row in enumerate(rows):
+            count = len(row["completion"])
+            labels[i, -count:] = batch["input_ids"][i, -count:]
+        return {**batch, "labels": labels}
+
+
+def completion_loss(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of the labelled tokens, with the head run on no more positions than the longest completion needs.
+
+    Args:
+        model: Causal language model that takes `logits_to_keep`.
+        inputs: `Collator`'s batch.
+        items: Labelled tokens of all micro-batches of the optimizer step, so that the sum over them is a mean; of this
+            batch alone when None.
+
+    Returns:
+        Scalar.
+    """
+    labels = inputs["labels"]
+    # Left padding puts every completion at the end; the position before its first token predicts it.
+    first = int((labels != IGNORED).any(dim=0).int().argmax())
+    keep = labels.shape[1] - first + 1
+    fields = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**fields, logits_to_keep=keep, use_cache=False).logits[:, :-1]
+    targets = labels[:, first:]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss / ((targets != IGNORED).sum() if items is None else items)
+
+
+class CellTrainer(Trainer):
+    """The Trainer, told what a method wants before gradients are clipped."""
+
+    # The loss is divided by the step's labelled tokens, accumulation included, and not once more by the Trainer. Two
+    # names: transformers 5.23 asks the second, earlier ones the first.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, method: ModuleType, order: SeededOrder, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.method, self.order = method, order
+        self.model_accepts_loss_kwargs = True
+        self.step_tokens = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.order
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        self.step_tokens += int(inputs["attention_mask"].sum())
+        return completion_loss(model, inputs, num_items_in_batch)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.method.before_clip(self.model)
+        return loss
+
+
+class Bar(ProgressCallback):
+    """The Trainer's progress bar with the loss beside it."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class Recorder(TrainerCallback):
+    """Keeps a row a step and every step's routing, and stops a run whose loss is no number."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, routing: RoutingRecorder | None, listener: Listener | None
+    ) -> None:
+        self.optimizer, self.routing, self.listener = optimizer, routing, listener
+        self.trainer: CellTrainer | None = None
+        self.rows: list[dict[str, float]] = []
+        self.started = self.last = 0.0
+        self.rate = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = self.last = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rate = float(self.optimizer.param_groups[0]["lr"])
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.routing is not None:
+            self.routing.record(self.optimizer.last_routing)  # type: ignore[attr-defined]
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs or self.trainer is None:
+            return
+        now = time.perf_counter()
+        tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
+        row = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": self.rate,
+            "grad_norm": float(logs["grad_norm"]),
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(now - self.last, 1e-9),
+            "seconds": now - self.started,
+            "peak_memory_bytes": peak_memory(),
+        }
+        self.last = now
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise RunError(
+                f"step {state.global_step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                "lower the learning rate or look at the rows of this step"
+            )
+        self.rows.append(row)
+        if self.listener is not None:
+            self.listener.log([row])
+
+
+def train(
+    base: Path,
+    examples_frame: pd.DataFrame,
+    block: MethodBlock,
+    training: Training,
+    seed: int,
+    weights: Path,
+    scratch: Path,
+    listener: Listener | None = None,
+) -> Outcome:
+    """Trains one cell and writes its weights.
+
+    Args:
+        base: Folder of the base model.
+        examples_frame: Rows with `prompt` and `completion`.
+        block: The method's block of params.yaml.
+        training: The budget, the task's overrides included.
+        seed: Of the adapters' start, dropout and the order of examples.
+        weights: Folder for weights or adapter; must not exist.
+        scratch: Folder for the Trainer's own files.
+        listener: Hears each step's row.
+
+    Returns:
+        History, routing record (None where nothing is routed) and summary.
+
+    Raises:
+        UserError: No example fits in `max_length`.
+        RunError: The loss or the gradients are not finite, or routing did not happen as claimed.
+    """
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    cuda = torch.cuda.is_available()
+    method = METHODS[block.kind]
+    tokenizer = load_tokenizer(base)
+    examples = encode_examples(tokenizer, examples_frame, training.max_length)
+    set_seed(seed)
+    model = method.prepare(load_model(base, weight_dtype(training)), block)
+    trained, total = parameter_counts(model)
+    optimizer = method.optimizer(model, block)
+    routing = RoutingRecorder() if method.routed(block) else None
+    recorder = Recorder(optimizer, routing, listener)
+    order = SeededOrder(len(examples), seed)
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=warmup_steps(training, len(examples)),
+        max_grad_norm=training.max_grad_norm,
+        bf16=cuda and training.dtype == "auto",
+        use_cpu=not cuda,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+    )
+    trainer = CellTrainer(
+        method,
+        order,
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=Collator(tokenizer.pad_token_id),
+        optimizers=(optimizer, None),
+        callbacks=[recorder],
+    )
+    # The Trainer's own callbacks print a dict a step; the bar shows the loss instead.
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
+    recorder.trainer = trainer
+    reset_peak_memory()
+    started = time.perf_counter()
+    try:
+        trainer.train()
+        seconds = time.perf_counter() - started
+        record = pd.DataFrame(routing.columns()) if routing is not None else None
+        routed = routing.summary() if routing is not None else None
+    except RoutingError as error:
+        raise RunError(f"routing: {error}") from None
+    except torch.cuda.OutOfMemoryError as error:
+        raise RunError(
+            f"out of GPU memory; lower training.batch_size and raise gradient_accumulation ({error})"
+        ) from None
+    history = pd.DataFrame(recorder.rows)
+    if not len(history):
+        raise RunError("the training made no step")
+    peak = peak_memory()
+    method.save(model, weights, base)
+    tokenizer.save_pretrained(weights)
+    summary = {
+        "method_kind": block.kind,
+        "steps": int(history["step"].iloc[-1]),
+        "final_loss": float(history["loss"].tail(max(1, len(history) // 10)).mean()),
+        "train_seconds": seconds,
+        "tokens_per_second": float(history["tokens"].sum() / seconds),
+        "peak_memory_bytes": peak,
+        "trained_parameters": trained,
+        "total_parameters": total,
+        "weights_bytes": folder_bytes(weights),
+        "examples": len(examples),
+        "dropped_too_long": examples.dropped_too_long,
+        "order_hash": order.digest.hexdigest()[:16],
+        "routing": routed,
+        "warnings": _warnings(routed, examples),
+    }
+    return Outcome(history, record, summary)
+
+
+def weight_dtype(training: Training) -> torch.dtype:
+    """The dtype of all weights, alike for every method."""
+    return torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
+
+
+def warmup_steps(training: Training, examples: int) -> int:
+    """Optimizer steps of the warm-up: the share `training.warmup` of all, rounded up."""
+    per_epoch = math.ceil(math.ceil(examples / training.batch_size) / training.gradient_accumulation)
+    total = training.max_steps or math.ceil(training.epochs * per_epoch)
+    return math.ceil(training.warmup * total)
+
+
+def reset_peak_memory() -> None:
+    """Makes `peak_memory` count from here, where the system can (Linux, CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # then the peak is that of the whole process
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the GPU's allocations where there is one, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _warnings(routing: dict[str, Any] | None, examples: Examples) -> list[str]:
+    warnings = []
+    if routing is not None and routing["one_sided"]:
+        winner = max(routing["share"], key=routing["share"].get)
+        warnings.append(f"one-sided routing: {winner} won every module in every step, so nothing was mixed")
+    if examples.dropped_too_long:
+        warnings.append(f"{examples.dropped_too_long} examples were longer than training.max_length and left out")
+    return warnings
