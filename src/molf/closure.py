@@ -7,15 +7,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 
-# What no result depends on: views of results, messages, and the reading of params.yaml, whose values DVC watches itself.
-# A change here re-runs nothing.
+# What no result depends on: views of results, messages, and the reading of params.yaml, whose values DVC watches
+# itself. A change here re-runs nothing.
 VIEWS = frozenset({"molf", "molf.errors", "molf.config", "molf.tracking", "molf.closure"})
 
 
 def closure(module: str, package: Path = PACKAGE) -> set[str]:
     """Names of all modules of the package that `module` imports, at the top or inside functions, itself included.
 
-    `VIEWS` are left out and not followed, as are report modules reached from anywhere but the report.
+    `VIEWS` are left out and not followed.
     """
     seen: set[str] = set()
     open_modules = [module]

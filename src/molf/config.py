@@ -389,10 +389,10 @@ def check_params(raw: Any, file: str) -> Params:
 
 
 def cell_config(params: Params, cell: Cell) -> dict[str, Any]:
-    """What params.yaml says of a cell's training, as plain data: its `run.json` keeps it, `compare` holds it against now.
+    """What params.yaml says of a cell's training, as plain data, kept in its `run.json`.
 
-    Just what DVC watches for the `train` stage. Data and model enter a fingerprint by their hashes instead, since another
-    block may well make the same bytes.
+    Just what DVC watches for the `train` stage. Data and model enter a fingerprint by their hashes instead, since
+    another block may well make the same bytes.
     """
     return {
         "method": params.methods[cell.method].model_dump(mode="json"),
@@ -440,37 +440,13 @@ def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
 
 def _sentence(problem: Any, prefix: str = "") -> str:
     """One of pydantic's errors as `key: what was given, what is allowed`."""
-    # The tag of a discriminated union stands in the path too, where no such key is in the file.
-    path = [str(part) for part in problem["loc"]]
-    tags = {
-        "tiny",
-        "path",
-        "gguf",
-        "hub",
-        "generated",
-        "file",
-        "url",
-        "sql",
-        "med",
-        "fact",
-        "fft",
-        "lora",
-        "molf",
-        "molf-e",
-    }
-    section = path[0] if path else ""
-    keys = [
-        part
-        for i, part in enumerate(path)
-        if not (part in tags and section in ("models", "tasks", "methods") and _is_tag(path, i))
-    ]
-    key = ".".join(([prefix] if prefix else []) + keys) or "(top level)"
-    given, context = problem.get("input"), problem.get("ctx", {})
+    key = ".".join(([prefix] if prefix else []) + _keys([str(part) for part in problem["loc"]])) or "(top level)"
+    context, message = problem.get("ctx", {}), problem["msg"]
     match problem["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key; remove it or correct its spelling"
         case "missing":
-            return f"{key}: missing; see params.yaml of the preset tiny for every key"
+            return f"{key}: missing; `molf preset tiny --dry-run` shows every key"
         case "union_tag_invalid":
             return f"{key}.kind: {context['tag']!r} is not known; allowed: {context['expected_tags']}"
         case "union_tag_not_found":
@@ -478,10 +454,13 @@ def _sentence(problem: Any, prefix: str = "") -> str:
         case "value_error":
             return f"{key}: {context['error']}"
         case _:
-            shown = repr(given)
-            return f"{key}: {shown if len(shown) <= 60 else shown[:57] + '...'}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            shown = repr(problem.get("input"))
+            return f"{key}: {shown if len(shown) <= 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
 
 
-def _is_tag(path: list[str], index: int) -> bool:
-    """Whether path[index] is a union's tag: right after a block's name, or right after `source`."""
-    return index == 2 or (index >= 3 and path[index - 1] == "source")
+def _keys(path: list[str]) -> list[str]:
+    """The path as it stands in the file: without the tags of discriminated unions, which pydantic puts in between."""
+    if not path or path[0] not in ("models", "tasks", "methods"):
+        return path
+    keys = path[:2] + path[3:]  # section, name, tag, ...
+    return keys[:3] + keys[4:] if keys[2:3] == ["source"] else keys

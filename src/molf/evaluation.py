@@ -1,4 +1,4 @@
-"""Asking a language model: greedy text, log-probabilities of completions, likeliest choice. All in length-sorted batches."""
+"""Asking a language model, in length-sorted batches: greedy text, log-probabilities, the likeliest choice."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING

@@ -1,5 +1,6 @@
-"""The training loop of a cell: transformers' Trainer with the head on supervised positions only, and a record of each step."""
+"""A cell's training: transformers' Trainer, the head on supervised positions only, a record of each step."""
 
+import contextlib
 import hashlib
 import math
 import resource
@@ -31,7 +32,7 @@ from molf.config import MethodBlock, Training
 from molf.encoding import IGNORED, encode_completion, encode_prompt, left_pad
 from molf.errors import RunError, UserError
 from molf.methods import METHODS
-from molf.models import folder_bytes, load_model, load_tokenizer, parameter_counts
+from molf.models import folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,14 +84,12 @@ def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, m
         else:
             examples.rows.append(row)
     if not examples.rows:
-        raise UserError(
-            f"training.max_length: {max_length} tokens leave none of the {len(frame)} examples; raise it or check the data"
-        )
+        raise UserError(f"training.max_length: {max_length} tokens leave none of the {len(frame)} examples; raise it")
     return examples
 
 
 class SeededOrder(Sampler[int]):
-    """A fresh order in each epoch that depends on the seed and the epoch alone, so that it is the same for every method."""
+    """A fresh order in each epoch, by the seed and the epoch alone, so that it is the same for every method."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
@@ -273,7 +272,7 @@ def train(
     tokenizer = load_tokenizer(base)
     examples = encode_examples(tokenizer, examples_frame, training.max_length)
     set_seed(seed)
-    model = method.prepare(load_model(base, weight_dtype(training)), block)
+    model = method.prepare(load_model(base, weight_dtype(training.dtype)), block)
     trained, total = parameter_counts(model)
     optimizer = method.optimizer(model, block)
     routing = RoutingRecorder() if method.routed(block) else None
@@ -353,11 +352,6 @@ def train(
     return Outcome(history, record, summary)
 
 
-def weight_dtype(training: Training) -> torch.dtype:
-    """The dtype of all weights, alike for every method."""
-    return torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
-
-
 def warmup_steps(training: Training, examples: int) -> int:
     """Optimizer steps of the warm-up: the share `training.warmup` of all, rounded up."""
     per_epoch = math.ceil(math.ceil(examples / training.batch_size) / training.gradient_accumulation)
@@ -369,10 +363,8 @@ def reset_peak_memory() -> None:
     """Makes `peak_memory` count from here, where the system can (Linux, CUDA)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):  # then the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then the peak is that of the whole process
 
 
 def peak_memory() -> int:

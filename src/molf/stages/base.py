@@ -2,9 +2,10 @@
 
 import sys
 
+from molf.base import build
 from molf.config import load_params
 from molf.errors import main
-from molf.models import build, folder_bytes, quiet
+from molf.models import folder_bytes, quiet
 from molf.paths import MODELS
 
 

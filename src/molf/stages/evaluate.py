@@ -1,4 +1,4 @@
-"""`python -m molf.stages.evaluate MODEL TASK METHOD SEED`: scores one cell; with MODEL TASK alone, the untrained model."""
+"""`python -m molf.stages.evaluate MODEL TASK METHOD SEED`: scores a cell; with MODEL TASK alone, the base."""
 
 import shutil
 import sys
@@ -20,7 +20,6 @@ def run() -> None:
     from molf.evaluation import LanguageModel
     from molf.methods import METHODS
     from molf.tasks import TASKS
-    from molf.training import weight_dtype
 
     models.quiet()
     base, budget = MODELS / cell.model, params.training_for(cell.task)
@@ -29,11 +28,11 @@ def run() -> None:
     scratch = None
     if cell.method == BASE_METHOD:
         trained = fingerprint("untrained", models.describe(base)["hash"])
-        network = models.load_model(base, weight_dtype(budget))
+        network = models.load_model(base, models.weight_dtype(budget.dtype))
     else:
         trained = read_json(cell.results / "train" / "run.json")["fingerprint"]
         weights, scratch = models.find_weights(cell.weights)
-        network = METHODS[params.methods[cell.method].kind].load(base, weights, weight_dtype(budget))
+        network = METHODS[params.methods[cell.method].kind].load(base, weights, models.weight_dtype(budget.dtype))
     lm = LanguageModel(network, models.load_tokenizer(base), params.evaluation.batch_size, progress=sys.stderr.isatty())
     models.to_device(network, budget.threads)
     started = time.perf_counter()
