@@ -1,0 +1,62 @@
+# Every command works on a fresh clone: the environment is made first, and only when its files changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GEMMA := $(VENV)/.installed-gemma
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Nothing phones home.
+export DVC_NO_ANALYTICS := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help install run check test lint acceptance gemma ui flow serve clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) --version) found, Python 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,dev]'
+	@touch $@
+
+$(GEMMA): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,gemma,dev]'
+	@touch $@
+
+install: $(STAMP) ## make the environment in .venv
+
+run: $(STAMP) ## bring everything up to date (dvc repro) and print the comparison
+	@molf run
+
+check: $(STAMP) ## look for mistakes in params.yaml
+	@molf check
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+test: lint ## ruff, type checker, tests
+	pytest -m 'not acceptance'
+
+acceptance: $(GEMMA) ## the whole pipeline, browser, servers, real data
+	pytest -m acceptance
+
+gemma: $(GEMMA) ## install what the preset gemma needs (240 MB, Gemma terms)
+
+ui: $(STAMP) ## MLflow's page on http://127.0.0.1:5000
+	@molf ui
+
+flow: $(STAMP) ## the same pipeline as a Prefect flow, with a temporary server
+	@python -m pipelines.flow
+
+serve: $(STAMP) ## Prefect server on http://127.0.0.1:4200 and the nightly deployment
+	@python -m pipelines.serve
+
+clean: ## remove the environment (data, models and results stay)
+	rm -rf $(VENV)

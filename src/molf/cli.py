@@ -1,0 +1,152 @@
+"""`molf`: the pipeline's command line. Each command is short and says what to type next."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from molf.config import PARAMS, SOURCES_LOCK, load_params
+from molf.errors import RunError, UserError, main
+from molf.paths import REPORTS, read_json
+
+
+def entry() -> None:
+    """The console script."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Returns:
+        Exit code: 0, 1 after a failed run, 2 after bad input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="molf", description="Fine-tune with FFT, LoRA and MoLF, and see which to use on your data."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="bring everything up to date (dvc repro) and print the comparison")
+    commands.add_parser("check", help="look for mistakes in params.yaml")
+    commands.add_parser("show", help="print the last comparison")
+    preset = commands.add_parser("preset", help="apply a preset to params.yaml and show what changes")
+    preset.add_argument("name", nargs="?", help="without it, the presets are listed")
+    preset.add_argument("--dry-run", action="store_true", help="only show what would change")
+    commands.add_parser("pin", help="pin hub revisions and URLs in sources.lock")
+    commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
+    ui = commands.add_parser("ui", help="open MLflow's page")
+    ui.add_argument("--port", type=int, default=5000)
+    publish = commands.add_parser("publish", help="copy the last comparison and its params into a folder to commit")
+    publish.add_argument("directory", type=Path)
+    options = parser.parse_args(arguments)
+    match options.command:
+        case "run":
+            return main(repro)
+        case "check":
+            return main(check)
+        case "show":
+            return main(show)
+        case "preset":
+            return main(lambda: apply_preset(options.name, options.dry_run))
+        case "pin":
+            return main(pin)
+        case "track":
+            return main(track)
+        case "ui":
+            return main(lambda: open_ui(options.port))
+        case _:
+            return main(lambda: publish_results(options.directory))
+
+
+def repro() -> None:
+    """Checks params.yaml, runs `dvc repro`, prints the comparison."""
+    load_params()
+    code = subprocess.call(["dvc", "repro", "--quiet" if not sys.stdout.isatty() else "compare", "compare"][:3])
+    if code:
+        raise RunError("`dvc repro` did not finish; the message above says why. Fix it and run the same command again")
+    show()
+
+
+def check() -> None:
+    """Checks params.yaml and says what it asks for."""
+    params = load_params()
+    grid = params.grid
+    print(f"params.yaml is fine: {len(params.cells())} cells")
+    for axis in ("models", "tasks", "methods", "seeds"):
+        print(f"  {axis}: {', '.join(map(str, getattr(grid, axis)))}")
+    print("next: make run")
+
+
+def show() -> None:
+    """Prints the last comparison."""
+    from molf.report.page import terminal_table
+
+    path = REPORTS / "comparison.json"
+    if not path.is_file():
+        raise UserError(f"there is no {path} yet; `make run` makes it")
+    print(terminal_table(read_json(path)))
+
+
+def apply_preset(name: str | None, dry_run: bool) -> None:
+    """Writes a preset into params.yaml and prints the changed lines; without a name, lists the presets."""
+    from molf import presets
+
+    if name is None:
+        for preset, description in presets.descriptions().items():
+            print(f"  {preset:8} {description}")
+        print("next: molf preset NAME")
+        return
+    changes = presets.apply(name, PARAMS, dry_run)
+    print("\n".join(changes) if changes else f"params.yaml holds preset {name} already")
+    print(f"next: molf preset {name}" if dry_run else "next: molf check")
+
+
+def pin() -> None:
+    """Refreshes sources.lock."""
+    from molf import sources
+
+    changes = sources.pin(load_params(), sources.hub_commit, sources.url_sha256)
+    for key, (before, now) in changes.items():
+        print(f"  {key}: {now} ({'unchanged' if before == now else 'new' if before is None else f'was {before}'})")
+    print(f"{len(changes)} entries in {SOURCES_LOCK}; commit it, then make run")
+
+
+def track() -> None:
+    """Rebuilds what MLflow lacks."""
+    from molf import tracking
+
+    counts = tracking.track(Path.cwd(), load_params())
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    print("next: make ui")
+
+
+def open_ui(port: int) -> None:
+    """Serves MLflow's page until interrupted."""
+    from molf import tracking
+
+    params = load_params()
+    tracking.initialise(Path.cwd(), params.tracking.experiment)
+    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    os.execvp("mlflow", ["mlflow", *tracking.server_arguments(Path.cwd()), "--port", str(port)])
+
+
+def publish_results(directory: Path) -> None:
+    """Copies the comparison, its figures, the params and the lock that made it, and the time of each cell."""
+    from molf.report.page import published_readme
+
+    comparison = read_json(REPORTS / "comparison.json") if (REPORTS / "comparison.json").is_file() else None
+    if comparison is None:
+        raise UserError("there is no comparison yet; `make run` makes it")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("comparison.json", "comparison.csv"):
+        shutil.copyfile(REPORTS / name, directory / name)
+    shutil.copytree(REPORTS / "figures", directory / "figures", dirs_exist_ok=True)
+    shutil.copyfile(PARAMS, directory / "params.yaml")
+    (directory / "tables.md").write_text(published_readme(comparison), encoding="utf-8")
+    print(f"{directory} holds the comparison; add a README.md that says what it shows, and commit it")
+
+
+if __name__ == "__main__":
+    entry()
