@@ -1,0 +1,195 @@
+"""A small tree of results with known numbers, as the stages would have left it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from molf.config import Params, cell_config, check_params, fingerprint
+from molf.paths import Cell, write_json, write_parquet
+
+EXAMPLES = 40
+STEPS = 12
+MODULES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+EXPERTS = {"molf": ["full", "lora_r8"], "molf-e": ["lora_r4", "lora_r8"]}
+# Right answers of 40 on sql, by method; fact's three components are shifted from these.
+RIGHT = {"base": 4, "fft": 30, "lora": 20, "molf": 32, "molf-e": 22}
+
+
+def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """A params.yaml of one tiny model, the four methods and the given tasks and seeds."""
+    rates = {"learning_rate": 1e-3, "weight_decay": 0.0}
+    lora = {"lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.0, "exclude_modules": ["lm_head"]}
+    routed = {**lora, "top_k": 1, "score": "epd", **rates}
+    return {
+        "grid": {
+            "models": ["tiny"],
+            "tasks": list(tasks),
+            "methods": ["fft", "lora", "molf", "molf-e"],
+            "seeds": list(seeds),
+        },
+        "models": {
+            "tiny": {
+                "kind": "tiny",
+                "path": "x.py",
+                "seed": 0,
+                "layers": 3,
+                "width": 64,
+                "heads": 2,
+                "vocabulary": 300,
+                "steps": 1,
+            }
+        },
+        "tasks": {
+            task: {
+                "kind": task,
+                "source": {"kind": "generated", "path": "x.py", "seed": 0, "rows": {"train": 9}},
+                "limits": {"train": None, "validation": None, "test": None},
+                "split_seed": 0,
+                "max_rejected": 0.01,
+                "options": {},
+                "training": {},
+            }
+            for task in tasks
+        },
+        "methods": {
+            "fft": {"kind": "fft", **rates},
+            "lora": {"kind": "lora", "r": 8, **lora, **rates},
+            "molf": {
+                "kind": "molf",
+                "r": [8],
+                "forward": "auto",
+                **routed,
+                "lora_learning_rate": 1e-3,
+                "lora_weight_decay": 0.0,
+            },
+            "molf-e": {"kind": "molf-e", "r": [4, 8], **routed},
+        },
+        "training": {
+            "max_length": 64,
+            "batch_size": 4,
+            "gradient_accumulation": 1,
+            "epochs": 1,
+            "max_steps": None,
+            "schedule": "cosine",
+            "warmup": 0.1,
+            "max_grad_norm": 1.0,
+            "dtype": "float32",
+            "threads": 1,
+            "keep": "none",
+        },
+        "evaluation": {"batch_size": 8, "max_new_tokens": {"sql": 8, "med": 8, "fact": 8}},
+        "compare": {"margin": 0.015, "confidence": 0.95, "bootstrap": 500, "seed": 0},
+        "tracking": {"experiment": "molf"},
+    }
+
+
+def write_tree(root: Path, raw: dict[str, Any]) -> Params:
+    """Writes params.yaml and every cell of its grid, the untrained model's included; returns the params."""
+    params = check_params(raw, "params.yaml")
+    (root / "params.yaml").write_text(json.dumps(raw))
+    for cell in params.cells():
+        write_cell(root, params, cell)
+    for task in params.grid.tasks:
+        write_evaluation(root, Cell("tiny", task, "base", 0), task, "untrained")
+    return params
+
+
+def write_cell(root: Path, params: Params, cell: Cell) -> None:
+    """Writes a trained and evaluated cell; sizes and times depend on the method's place in the grid."""
+    train, place = root / cell.results / "train", params.grid.methods.index(cell.method)
+    rng = np.random.default_rng(place)
+    steps = np.arange(1, STEPS + 1)
+    frame = pd.DataFrame(
+        {
+            "step": steps,
+            "loss": 3 * np.exp(-steps / (4 + place)) + rng.uniform(0, 0.2, STEPS),
+            "learning_rate": np.linspace(1e-3, 1e-4, STEPS),
+            "grad_norm": rng.uniform(0.5, 1.5, STEPS),
+            "tokens": 100,
+            "tokens_per_second": 900.0 + 100 * place,
+            "seconds": steps * (0.5 + 0.1 * place),
+            "peak_memory_bytes": (4 - place) * 10**8,
+        }
+    )
+    write_parquet(train / "history.parquet", frame)
+    routing = None
+    if cell.method in EXPERTS:
+        experts = EXPERTS[cell.method]
+        rows = [
+            (step, module, expert, 1.0, ((step + layer) % 4 != 0) == (expert == experts[0]), step > 1)
+            for step in range(1, STEPS + 1)
+            for layer, module in enumerate(MODULES)
+            for expert in experts
+        ]
+        record = pd.DataFrame(rows, columns=["step", "module", "expert", "score", "won", "counted"])
+        write_parquet(train / "routing.parquet", record)
+        share = record[record["counted"]].groupby("expert")["won"].mean().to_dict()
+        routing = {"experts": experts, "share": share, "share_by_module": {}, "one_sided": False}
+    config = cell_config(params, cell)
+    key = fingerprint(config, cell.name)
+    summary = {
+        "cell": cell.name,
+        "fingerprint": key,
+        "method_kind": params.methods[cell.method].kind,
+        "steps": STEPS,
+        "final_loss": float(frame["loss"].iloc[-1]),
+        "train_seconds": float(frame["seconds"].iloc[-1]),
+        "tokens_per_second": 900.0 + 100 * place,
+        "peak_memory_bytes": (4 - place) * 10**8,
+        "trained_parameters": 10**6 * (4 - place),
+        "total_parameters": 4 * 10**6,
+        "weights_bytes": 10**7,
+        "examples": 48,
+        "dropped_too_long": 0,
+        "routing": routing,
+        "warnings": [],
+    }
+    write_json(train / "summary.json", summary)
+    run = {
+        "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
+        "fingerprint": key,
+        "config": config,
+        "data": {"hash": f"hash-of-{cell.task}", "generated": True, "source": {"kind": "generated"}},
+        "model": {"hash": "hash-of-tiny", "name": "tiny"},
+        "git_commit": "0" * 40,
+        "versions": {"python": "3.11.0", "torch": "2.13.0"},
+        "hardware": {"name": "a machine", "threads": 1, "fingerprint": "cpu"},
+        "started": "2026-01-02T03:04:05+00:00",
+        "generated_data": True,
+    }
+    write_json(train / "run.json", run)
+    write_evaluation(root, cell, cell.task, key)
+
+
+def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str) -> None:
+    """Writes predictions: `RIGHT[method]` right answers, one fewer for each further seed, the last example left out."""
+    right = RIGHT[cell.method] - cell.seed
+    hits = np.array([1.0] * right + [0.0] * (EXAMPLES - right))
+    columns = {"sql": {"execution_accuracy": hits}, "fact": {}}[kind]
+    if kind == "fact":
+        columns = {name: np.roll(hits, i) for i, name in enumerate(("efficacy", "paraphrase", "neighborhood"))}
+    predictions = pd.DataFrame(
+        {"example_id": [f"e{i}" for i in range(EXAMPLES)], "prediction": "<script>alert(1)</script>", **columns}
+    )
+    predictions.loc[EXAMPLES - 1, list(columns)] = np.nan
+    means = predictions[list(columns)].mean()
+    primary = float(len(means) / (1 / means).sum())
+    folder = root / cell.results / "evaluation"
+    write_parquet(folder / "predictions.parquet", predictions)
+    metrics = {
+        "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
+        "fingerprint": fingerprint("evaluation", train_fingerprint, cell.name),
+        "train_fingerprint": train_fingerprint,
+        "data_hash": f"hash-of-{cell.task}",
+        "task_kind": kind,
+        "primary": primary,
+        "primary_name": {"sql": "execution_accuracy", "fact": "score"}[kind],
+        "n": EXAMPLES - 1,
+        "left_out": {"gold does not run": 1} if kind == "sql" else {},
+        "metrics": {name: float(value) for name, value in means.items()},
+        "seconds": 1.0,
+    }
+    write_json(folder / "metrics.json", metrics)
