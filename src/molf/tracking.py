@@ -1,60 +1,31 @@
 """MLflow as a view of results/: every run can be rebuilt from files, so an outage costs nothing but the live view.
 
 A cell's run is a child of its model/task/method's run and is keyed by the cell's fingerprint: a resumed cell reopens
-its run, a cell made anew gets a new one. Live and rebuilt runs go through the same function and so are alike.
+its run, a cell made anew gets a new one. Live and rebuilt runs go through the same functions and so are alike.
 """
 
 import contextlib
-import fcntl
-import json
-import logging
-import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from molf.errors import RunError
-from molf.paths import BASE_METHOD, REPORTS, RESULTS, Cell, read_json
+from molf.config import Params
+from molf.errors import RunError, UserError
+from molf.mlflow_store import Store, milliseconds, uri_of
+from molf.paths import REPORTS, RESULTS
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from mlflow.entities import Run
-
-# No telemetry, and an unreachable server is given up within seconds: MLflow's own defaults wait for many minutes.
-for _key, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "GIT_PYTHON_REFRESH": "quiet",
-}.items():
-    os.environ.setdefault(_key, _value)
-
-STEP_METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-ROUTING_SHARE = "routing_share_"  # + expert: its share of the module-steps so far
-SUMMARY_METRICS = ("train_seconds", "peak_memory_bytes", "trained_parameters", "weights_bytes", "final_loss", "steps")
-FLUSH_SECONDS = 3.0  # at the soonest; a slow store is written to less often, see LiveRun.log
+FLUSH_SECONDS = 3.0  # at the soonest; a slow store is written to less often, see FLUSH_SHARE
 FLUSH_SHARE = 0.01  # of the training's time that writing to MLflow may take
-LOCK_SECONDS = 60.0  # creating a fresh SQLite store takes some 10 s; longer than this means that its owner hangs
-MAX_METRICS, MAX_PARAMS = 1000, 100  # in one batch, by MLflow's API
-MAX_PARAM_LENGTH = 6000  # characters of one value, by MLflow's API
 
 
-# --- the public functions: training, evaluation, comparison, rebuilding ----------------------------------------------
-
-
-def initialise(experiment: str, root: Path = Path()) -> bool:
+def initialise(root: Path, experiment: str) -> bool:
     """Creates the store and the experiment if they lack, so that many processes may then write at once.
 
     Args:
-        experiment: Name of the MLflow experiment.
         root: Project folder; holds mlflow.db and mlartifacts/ unless MLFLOW_TRACKING_URI names another store.
+        experiment: Name of the MLflow experiment.
 
     Returns:
         Whether the store can be used; if not, a warning was printed.
@@ -73,7 +44,7 @@ class LiveRun:
 
     def __init__(self, run: Mapping[str, Any], experiment: str, root: Path) -> None:
         self._store: Store | None = None
-        self._started = _milliseconds(run["started"])
+        self._started = milliseconds(run["started"])
         self._rows: list[Mapping[str, Any]] = []
         self._due = 0.0
         self.run_id: str | None = None
@@ -88,7 +59,7 @@ class LiveRun:
         """Takes rows of history.parquet, buffers them and now and then sends them.
 
         Args:
-            rows: Mappings with `step`, `seconds` and any of `STEP_METRICS` and of `routing_share_EXPERT`.
+            rows: Mappings with `step`, `seconds` and any of `mlflow_store.STEP_METRICS` and of `routing_share_EXPERT`.
         """
         if self._store is None:
             return
@@ -185,12 +156,12 @@ def log_comparison(reports: Path, experiment: str, root: Path = Path()) -> None:
         Store(experiment, root).sync_comparison(reports, root)
 
 
-def track(experiment: str, root: Path = Path()) -> dict[str, int]:
+def track(root: Path, params: Params) -> dict[str, int]:
     """Rebuilds every run that lacks or is incomplete from the files of results/ and reports/. Idempotent.
 
     Args:
-        experiment: Name of the MLflow experiment.
         root: Project folder.
+        params: Name the MLflow experiment.
 
     Returns:
         Counts: `cells` found in files, `runs` and `evaluations` logged now, `comparisons` logged now.
@@ -200,7 +171,7 @@ def track(experiment: str, root: Path = Path()) -> dict[str, int]:
     """
     counts = {"cells": 0, "runs": 0, "evaluations": 0, "comparisons": 0}
     try:
-        store = Store(experiment, root)
+        store = Store(params.tracking.experiment, root)
         for results in sorted((root / RESULTS).glob("*/*/*/seed-*")):
             if (results / "train/summary.json").exists() or (results / "evaluation/metrics.json").exists():
                 counts["cells"] += 1
@@ -210,340 +181,20 @@ def track(experiment: str, root: Path = Path()) -> dict[str, int]:
         if (root / REPORTS / "comparison.json").exists():
             counts["comparisons"] += store.sync_comparison(root / REPORTS, root)
     except Exception as error:
-        raise RunError(f"MLflow ({_uri(root)}): {_first_line(error)}") from error
+        raise RunError(f"MLflow ({uri_of(root)}): {_first_line(error)}") from error
     return counts
 
 
-# --- the store -----------------------------------------------------------------------------------------------------
-
-
-class Store:
-    """One experiment of an MLflow store: finds and fills its runs, always through MlflowClient.
-
-    The client takes parents as tags; the fluent API would let MLFLOW_RUN_ID of the environment win over them.
-
-    Args:
-        experiment: Name of the MLflow experiment; created if it lacks.
-        root: Project folder.
+def server_arguments(root: Path) -> list[str]:
+    """Arguments of the `mlflow` command that serves the store's page.
 
     Raises:
-        RunError: The local store was made in another folder.
-        Exception: Whatever MLflow raises.
+        UserError: MLFLOW_TRACKING_URI names a server, which has a page of its own.
     """
-
-    def __init__(self, experiment: str, root: Path) -> None:
-        from mlflow import MlflowClient
-
-        for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
-            logging.getLogger(name).setLevel(logging.WARNING)
-
-        self._root = root
-        uri = _uri(root)
-        # A server chooses the place itself; MLflow freezes it at creation, so that a local one must be given in full.
-        local = None if uri.startswith(("http://", "https://")) else (root / "mlartifacts").resolve().as_uri()
-        with _locked(root):
-            self.client = MlflowClient(tracking_uri=uri)
-            known = self.client.get_experiment_by_name(experiment)
-            self.experiment_id: str = (
-                known.experiment_id if known else self.client.create_experiment(experiment, artifact_location=local)
-            )
-        if known and local and known.artifact_location != local:
-            raise RunError(
-                f"its artifacts lie in {known.artifact_location}, made when the project was elsewhere; "
-                "remove mlflow.db and mlartifacts, then `molf track` rebuilds both"
-            )
-
-    def find(self, **tags: str) -> "Run | None":
-        """The oldest run with these `molf.` tags."""
-        where = " and ".join(f"tags.`molf.{key}` = '{value}'" for key, value in tags.items())
-        runs = self.client.search_runs(
-            [self.experiment_id], where, max_results=1, order_by=["attributes.start_time ASC"]
-        )
-        return runs[0] if runs else None
-
-    def open_cell(self, run: Mapping[str, Any]) -> "Run":
-        """The cell's run by its fingerprint; if it lacks, a new one below its model/task/method, with params and data.
-
-        Args:
-            run: What run.json holds.
-        """
-        cell = Cell(**run["cell"])
-        with _locked(self._root):
-            found = self.find(kind="cell", fingerprint=run["fingerprint"])
-            if found is None:
-                tags = {
-                    **_tags("cell", cell),
-                    "mlflow.parentRunId": self._parent(cell),
-                    "molf.seed": str(cell.seed),
-                    "molf.cell": cell.name,
-                    "molf.fingerprint": run["fingerprint"],
-                    "molf.config_hash": _hash(run.get("config", {})),
-                    "molf.git_commit": str(run.get("git_commit") or "none"),
-                    "molf.hardware": str(run.get("hardware", {}).get("name", "unknown")),
-                    "molf.generated_data": json.dumps(bool(run.get("generated_data"))),
-                    "mlflow.source.name": "molf",
-                    "mlflow.source.type": "LOCAL",
-                }
-                if run.get("git_commit"):
-                    tags["mlflow.source.git.commit"] = run["git_commit"]
-                started = _milliseconds(run["started"]) if "started" in run else None
-                found = self.client.create_run(self.experiment_id, started, tags, run_name=cell.name)
-        self._describe(found, run)
-        return found
-
-    def logged_steps(self, run_id: str, metric: str) -> set[int]:
-        """The steps at which a run has a metric."""
-        return {point.step for point in self.client.get_metric_history(run_id, metric)}
-
-    def log_steps(self, run_id: str, started: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Logs rows of a history, each number at its step; numbers that are not finite are left out.
-
-        Args:
-            run_id: MLflow's id of the run.
-            started: Start of the training, ms since 1970; with the rows' `seconds` it gives their time.
-            rows: As `LiveRun.log` takes them.
-        """
-        from mlflow.entities import Metric
-
-        points = [
-            Metric(key, float(value), started + round(1000 * row["seconds"]), int(row["step"]))
-            for row in rows
-            for key, value in row.items()
-            if (key in STEP_METRICS or key.startswith(ROUTING_SHARE)) and value is not None and math.isfinite(value)
-        ]
-        for i in range(0, len(points), MAX_METRICS):
-            self.client.log_batch(run_id, metrics=points[i : i + MAX_METRICS])
-
-    def complete(self, run_id: str, train: Path) -> None:
-        """Brings a run up to the files of results/CELL/train, then ends it: FINISHED means that nothing is missing."""
-        run, summary = read_json(train / "run.json"), read_json(train / "summary.json")
-        rows = _history_rows(train)
-        keys = {key for row in rows for key in row if key in STEP_METRICS or key.startswith(ROUTING_SHARE)}
-        logged = {key: self.logged_steps(run_id, key) for key in keys}
-        missing = [
-            {key: value for key, value in row.items() if key not in keys or row["step"] not in logged[key]}
-            for row in rows
-        ]
-        started = _milliseconds(run["started"])
-        self.log_steps(run_id, started, missing)
-        self._log_values(run_id, {key: summary[key] for key in SUMMARY_METRICS if summary.get(key) is not None})
-        self._log_files(run_id, "train", train / "run.json", train / "summary.json", train / "history.parquet")
-        if (train / "routing.parquet").exists():
-            self._log_routing(run_id, train, Cell(**run["cell"]))
-        for warning in summary.get("warnings", [])[:1]:
-            self.client.set_tag(run_id, "molf.warning", warning)
-        self.client.set_terminated(run_id, "FINISHED", started + round(1000 * summary["train_seconds"]))
-
-    def sync_cell(self, results: Path) -> tuple[bool, bool]:
-        """Brings a cell's run up to its files.
-
-        Args:
-            results: results/CELL.
-
-        Returns:
-            Whether the training's part was logged now, and whether the evaluation's was.
-        """
-        metrics = _read(results / "evaluation/metrics.json")
-        if (results / "train/summary.json").exists():
-            run = read_json(results / "train/run.json")
-        elif metrics and metrics["cell"]["method"] == BASE_METHOD:
-            run = {"cell": metrics["cell"], "fingerprint": metrics["fingerprint"]}
-        else:
-            return False, False
-        known = self.find(kind="cell", fingerprint=run["fingerprint"])
-        found = known if known and known.info.status == "FINISHED" else self.open_cell(run)
-        run_id = found.info.run_id
-        trained = found.info.status != "FINISHED" and "started" in run
-        if trained:
-            self.complete(run_id, results / "train")
-        # An evaluation of another training must not be shown as this one's.
-        fits = metrics and (metrics.get("train_fingerprint") == run["fingerprint"] or "started" not in run)
-        evaluated = bool(fits and found.data.tags.get("molf.evaluation") != metrics["fingerprint"])
-        if evaluated:
-            values = {"primary": metrics["primary"], "n": metrics["n"], **_numbers(metrics["metrics"])}
-            self._log_values(run_id, {f"test/{key}": value for key, value in values.items()})
-            self._log_files(run_id, "evaluation", *sorted((results / "evaluation").glob("*.*")))
-            self.client.set_tag(run_id, "molf.primary", metrics["primary_name"])
-            self.client.set_tag(run_id, "molf.evaluation", metrics["fingerprint"])
-            if "started" not in run:
-                self.client.set_terminated(run_id, "FINISHED")
-        return trained, evaluated
-
-    def sync_comparison(self, reports: Path, root: Path) -> bool:
-        """Logs reports/ as a run of its own unless this very comparison has one; returns whether it was logged now."""
-        from molf.report.page import markdown_table
-
-        comparison = read_json(reports / "comparison.json")
-        key = _hash(comparison)
-        found = self.find(kind="comparison", fingerprint=key)
-        if found is not None and found.info.status == "FINISHED":
-            return False
-        if found is None:
-            tags = {
-                "molf.kind": "comparison",
-                "molf.fingerprint": key,
-                "mlflow.note.content": markdown_table(comparison),
-            }
-            found = self.client.create_run(self.experiment_id, tags=tags, run_name="comparison")
-        run_id = found.info.run_id
-        for group in comparison["groups"]:
-            for method in group["methods"]:
-                place = f"{group['model']}/{group['task']}/{method['method']}"
-                self._log_values(run_id, {place: method["mean"]})
-                for seed in method["per_seed"]:
-                    cell = Cell(group["model"], group["task"], method["method"], seed["seed"])
-                    self.sync_cell(root / cell.results)
-                    child = self.find(kind="cell", fingerprint=seed["train_fingerprint"])
-                    if child is not None:
-                        self.client.set_tag(run_id, f"molf.run.{cell.name}", child.info.run_id)
-        self._log_params(run_id, {"margin": comparison["margin"], "confidence": comparison["confidence"]})
-        self._log_files(
-            run_id, None, *(reports / name for name in ("comparison.json", "comparison.csv", "report.html"))
-        )
-        self._log_files(run_id, "figures", *sorted((reports / "figures").glob("*.png")))
-        self.client.set_terminated(run_id, "FINISHED")
-        return True
-
-    def _parent(self, cell: Cell) -> str:
-        """The run of a model, task and method, below which its seeds lie."""
-        tags = _tags("method", cell)
-        found = self.find(kind="method", model=cell.model, task=cell.task, method=cell.method)
-        if found is None:
-            name = f"{cell.model}/{cell.task}/{cell.method}"
-            found = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
-            self.client.set_terminated(found.info.run_id, "FINISHED")
-        return str(found.info.run_id)
-
-    def _describe(self, found: "Run", run: Mapping[str, Any]) -> None:
-        """Logs params and data set of a cell where they lack: a run may have been left half described by a kill."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        run_id, data = found.info.run_id, run.get("data")
-        params = {**run["cell"], **flatten(run.get("config", {})), "model_hash": run.get("model", {}).get("hash")}
-        if data:
-            params["data_hash"] = data["hash"]
-        self._log_params(run_id, {key: value for key, value in params.items() if key not in found.data.params})
-        if data and not (found.inputs and found.inputs.dataset_inputs):
-            task = run["cell"]["task"]
-            dataset = Dataset(
-                name=task,
-                digest=str(data["hash"])[:36],
-                source_type="local",
-                source=json.dumps({"uri": f"data/prepared/{task}"}),
-                profile=json.dumps({"generated": data.get("generated"), "source": data.get("source")}),
-            )
-            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        known = [Param(key, _text(value)[:MAX_PARAM_LENGTH]) for key, value in params.items() if value is not None]
-        for i in range(0, len(known), MAX_PARAMS):
-            self.client.log_batch(run_id, params=known[i : i + MAX_PARAMS])
-
-    def _log_values(self, run_id: str, values: Mapping[str, float]) -> None:
-        """Logs numbers without steps, those that the run does not show already."""
-        from mlflow.entities import Metric
-
-        shown = self.client.get_run(run_id).data.metrics
-        now = round(1000 * time.time())
-        points = [Metric(key, float(value), now, 0) for key, value in values.items() if shown.get(key) != float(value)]
-        if points:
-            self.client.log_batch(run_id, metrics=points)
-
-    def _log_files(self, run_id: str, folder: str | None, *paths: Path) -> None:
-        for path in paths:
-            if path.exists():
-                self.client.log_artifact(run_id, str(path), folder)
-
-    def _log_routing(self, run_id: str, train: Path, cell: Cell) -> None:
-        from molf.report.figures import read_routing, routing_heat_map, save
-
-        self._log_files(run_id, "routing", train / "routing.parquet")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "heat_map.png"
-            save(routing_heat_map({cell.method: read_routing(train)}, f"{cell.model}, {cell.task}"), path)
-            self._log_files(run_id, "routing", path)
-
-
-# --- small things --------------------------------------------------------------------------------------------------
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; None becomes "null" so that it shows."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            flat |= flatten(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "null" if item is None else item
-    return flat
-
-
-def _history_rows(train: Path) -> list[dict[str, Any]]:
-    """The rows of history.parquet with every expert's share so far, as training logs them live."""
-    import pandas as pd
-
-    history = pd.read_parquet(train / "history.parquet")
-    if (train / "routing.parquet").exists():
-        from molf.report.figures import read_routing, share_so_far
-
-        history = history.join(share_so_far(read_routing(train)).add_prefix(ROUTING_SHARE), on="step")
-    return _records(history)
-
-
-def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def _tags(kind: str, cell: Cell) -> dict[str, str]:
-    return {"molf.kind": kind, "molf.model": cell.model, "molf.task": cell.task, "molf.method": cell.method}
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among an evaluation's metrics."""
-    return {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-
-
-def _read(path: Path) -> Any:
-    return read_json(path) if path.exists() else None
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _hash(value: Any) -> str:
-    from molf.config import fingerprint
-
-    return fingerprint(value)
-
-
-def _milliseconds(iso: str) -> int:
-    return round(1000 * datetime.fromisoformat(iso).timestamp())
-
-
-def _uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite file in the project folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One process at a time: several that create a fresh SQLite store together leave it unusable."""
-    path = root / ".molf/mlflow.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"another process holds {path} for over {LOCK_SECONDS:.0f} s") from None
-                time.sleep(0.05)
-        yield
+    uri = uri_of(root)
+    if uri.startswith(("http://", "https://")):
+        raise UserError(f"MLFLOW_TRACKING_URI is {uri}: open that address instead")
+    return ["server", "--backend-store-uri", uri, "--artifacts-destination", str((root / "mlartifacts").resolve())]
 
 
 @contextlib.contextmanager
