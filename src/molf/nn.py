@@ -1,0 +1,327 @@
+"""Linear layers with experts: a full weight and LoRA pairs whose sum is the layer's weight (arXiv 2605.07111).
+
+y = x W^T + b + sum_i s_i (x A_i^T) B_i^T
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class MoLFConfig:
+    """Which linear layers get experts, and which experts; the words are PEFT's.
+
+    Raises:
+        ValueError: A field is out of range, or the fields contradict each other.
+    """
+
+    r: tuple[int, ...] = (128,)  # rank of each LoRA expert
+    lora_alpha: float = 32.0
+    use_rslora: bool = True  # scaling alpha / sqrt(r), else alpha / r
+    lora_dropout: float = 0.0  # on the LoRA experts' input
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # names, or ends of names
+    exclude_modules: tuple[str, ...] = ("lm_head",)  # likewise
+    train_base: bool = True  # whether the full weight is an expert (MoLF) or frozen (MoLF-Efficient)
+    forward: Literal["auto", "effective", "dense"] = "auto"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.r or any(not isinstance(rank, int) or rank < 1 for rank in self.r):
+            problems.append(f"r is {self.r!r}; a tuple of ranks of at least 1 is expected")
+        if not self.lora_alpha > 0:
+            problems.append(f"lora_alpha is {self.lora_alpha}; it must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
+        if self.target_modules != "all-linear" and not isinstance(self.target_modules, tuple):
+            problems.append(f"target_modules is {self.target_modules!r}; 'all-linear' or a tuple of names is expected")
+        if self.forward not in ("auto", "effective", "dense"):
+            problems.append(f"forward is {self.forward!r}; allowed: auto, effective, dense")
+        if self.forward == "effective" and not (self.train_base and self.lora_dropout == 0):
+            problems.append("forward='effective' needs train_base=True and lora_dropout=0; use 'auto' or 'dense'")
+        if not self.train_base and len(self.r) < 2:
+            problems.append(f"with a frozen base there is nothing to route between r={self.r}; give two ranks or more")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def effective(self) -> bool:
+        """Whether layers keep W + sum_i s_i B_i A_i as their weight."""
+        return self.forward == "effective" or (self.forward == "auto" and self.train_base and self.lora_dropout == 0)
+
+    def scaling(self, rank: int) -> float:
+        """s_i of an expert of this rank."""
+        return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class MoLFLinear(nn.Module):
+    """A linear layer with LoRA experts, in one of two forwards of the same mathematics.
+
+    dense: `weight` is W, and the experts run beside it, packed into one pair of matmuls.
+    effective: `weight` is W + sum_i s_i B_i A_i and the layer runs as a plain linear. With G the gradient of `weight`,
+    the experts' gradients are grad B_i = s_i G A_i^T and grad A_i = s_i B_i^T G; a hook on `weight` derives them after
+    each backward, or `derive_lora_gradients` once a step after `defer_lora_gradients`.
+
+    Args:
+        linear: Its weight (out x in) and bias (out) become this layer's own.
+        config: The experts.
+    """
+
+    effective: Tensor  # uint8 scalar, so that a state_dict names the forward that it was written under
+
+    def __init__(self, linear: nn.Linear, config: MoLFConfig) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        like: dict[str, Any] = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        self.lora_A = nn.ParameterList(nn.Parameter(torch.empty(r, self.in_features, **like)) for r in config.r)
+        self.lora_B = nn.ParameterList(nn.Parameter(torch.zeros(self.out_features, r, **like)) for r in config.r)
+        for a in self.lora_A:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.scaling = [config.scaling(r) for r in config.r]
+        self.lora_dropout = config.lora_dropout
+        self.train_base = config.train_base
+        self.is_effective = config.effective
+        self.deferred = False
+        self.register_buffer("effective", torch.tensor(int(config.effective), dtype=torch.uint8))
+        if self.is_effective:
+            self.weight.register_post_accumulate_grad_hook(self._after_backward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.is_effective:
+            return y
+        packed_a = torch.cat(list(self.lora_A))
+        packed_b = torch.cat([s * b for s, b in zip(self.scaling, self.lora_B, strict=True)], dim=1)
+        return y + F.linear(F.linear(F.dropout(x, self.lora_dropout, self.training), packed_a), packed_b)
+
+    @torch.no_grad()
+    def lora_weight(self) -> Tensor:
+        """sum_i s_i B_i A_i (out x in)."""
+        return _lora_weight(self.scaling, list(self.lora_A), list(self.lora_B))
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W + sum_i s_i B_i A_i (out x in), under either forward."""
+        return self.weight.detach().clone() if self.is_effective else self.weight + self.lora_weight()
+
+    @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """W (out x in), under either forward."""
+        return self.weight - self.lora_weight() if self.is_effective else self.weight.detach().clone()
+
+    @torch.no_grad()
+    def derive_gradients(self) -> None:
+        """Sets the experts' gradients from that of the effective weight; does nothing while there is none."""
+        g = self.weight.grad
+        if g is None or not self.is_effective:
+            return
+        for s, a, b in zip(self.scaling, self.lora_A, self.lora_B, strict=True):
+            b.grad = (g @ a.T).mul_(s)
+            a.grad = (b.T @ g).mul_(s)
+
+    def _after_backward(self, _: Tensor) -> None:
+        if not self.deferred:
+            self.derive_gradients()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Loads weights of either forward: those of the other are converted."""
+        written, key = state_dict.get(prefix + "effective"), prefix + "weight"
+        if written is not None and bool(written) != self.is_effective and key in state_dict:
+            pairs = range(len(self.scaling))
+            a = [state_dict[f"{prefix}lora_A.{i}"] for i in pairs]
+            b = [state_dict[f"{prefix}lora_B.{i}"] for i in pairs]
+            sign = 1 if self.is_effective else -1
+            state_dict = state_dict | {
+                key: state_dict[key] + sign * _lora_weight(self.scaling, a, b).to(state_dict[key].device),
+                prefix + "effective": torch.tensor(int(self.is_effective), dtype=torch.uint8),
+            }
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        kind = "effective" if self.is_effective else "dense"
+        ranks = ", ".join(str(a.shape[0]) for a in self.lora_A)
+        return f"{self.in_features}, {self.out_features}, r=({ranks}), {kind}, bias={self.bias is not None}"
+
+
+def apply_molf(model: nn.Module, config: MoLFConfig) -> nn.Module:
+    """Replaces a model's target linears by `MoLFLinear`, in place; step 0 is the model as it was.
+
+    Args:
+        model: Any module with `nn.Linear` layers.
+        config: Targets and experts. With `train_base=False` every parameter but the experts' is frozen.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: Nothing matches, something matches that is no `nn.Linear`, a target shares its weight with another
+            module, or the model has experts already.
+    """
+    if any(isinstance(module, MoLFLinear) for module in model.modules()):
+        raise ValueError("the model has MoLF experts already; merge_molf(model) first")
+    targets = _targets(model, config)
+    shared = _shared_weights(model)
+    tied = [name for name in targets if f"{name}.weight" in shared]
+    if tied:
+        raise ValueError(f"{', '.join(tied)}: the weight is shared with another module; add it to exclude_modules")
+    for name, linear in targets.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, MoLFLinear(linear, config))
+    if not config.train_base:
+        model.requires_grad_(False)
+    for _, module in molf_modules(model):
+        module.weight.requires_grad_(config.train_base)
+        if module.bias is not None:
+            module.bias.requires_grad_(config.train_base)
+        module.lora_A.requires_grad_(True)
+        module.lora_B.requires_grad_(True)
+    return model
+
+
+def merge_molf(model: nn.Module) -> nn.Module:
+    """Turns every `MoLFLinear` into a plain `nn.Linear` of weight W + sum_i s_i B_i A_i, in place.
+
+    Returns:
+        The same model.
+    """
+    for name, module in molf_modules(model):
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(module.effective_weight(), requires_grad=module.weight.requires_grad)
+        linear.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+def molf_modules(model: nn.Module) -> list[tuple[str, MoLFLinear]]:
+    """All layers with experts, by name, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoLFLinear)]
+
+
+def defer_lora_gradients(model: nn.Module, deferred: bool = True) -> None:
+    """Turns the derivation after each backward off (or on), for a loop that calls `derive_lora_gradients` itself."""
+    for _, module in molf_modules(model):
+        module.deferred = deferred
+
+
+def derive_lora_gradients(model: nn.Module) -> None:
+    """Derives the experts' gradients of all effective layers: once a step, after the last backward, before clipping."""
+    for _, module in molf_modules(model):
+        module.derive_gradients()
+
+
+@torch.no_grad()
+def molf_to_peft(model: nn.Module, base_model_name_or_path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model with a frozen base as one ordinary PEFT LoRA adapter of rank sum_i r_i.
+
+    The A_i are stacked and the s_i B_i concatenated; alpha equals the rank, so PEFT's own scaling is 1.
+
+    Args:
+        model: With `MoLFLinear`s over a frozen base.
+        base_model_name_or_path: What `adapter_config.json` names as the base.
+
+    Returns:
+        The adapter's configuration, and its tensors under PEFT's names.
+
+    Raises:
+        ValueError: The model has no experts, or its base was trained, so that an adapter cannot hold the change.
+    """
+    modules = molf_modules(model)
+    if not modules:
+        raise ValueError("the model has no MoLF experts")
+    if any(module.train_base for _, module in modules):
+        raise ValueError("the base was trained, an adapter cannot hold that: use merge_molf(model) and save the model")
+    rank = sum(a.shape[0] for a in modules[0][1].lora_A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(name for name, _ in modules),
+    }
+    tensors = {}
+    for name, module in modules:
+        packed_b = torch.cat([s * b for s, b in zip(module.scaling, module.lora_B, strict=True)], dim=1)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat(list(module.lora_A)).contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = packed_b.contiguous().cpu()
+    return config, tensors
+
+
+def save_peft_adapter(model: nn.Module, directory: Path, base_model_name_or_path: str) -> None:
+    """Writes `molf_to_peft` as adapter_config.json and adapter_model.safetensors."""
+    from safetensors.torch import save_file
+
+    config, tensors = molf_to_peft(model, base_model_name_or_path)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _lora_weight(scaling: list[float], a: list[Tensor], b: list[Tensor]) -> Tensor:
+    packed_b = torch.cat([s * bi for s, bi in zip(scaling, b, strict=True)], dim=1)
+    return packed_b.detach() @ torch.cat(a).detach()
+
+
+def _targets(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Linear]:
+    def matches(name: str, patterns: tuple[str, ...]) -> bool:
+        return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+    found: dict[str, nn.Linear] = {}
+    wrong = []
+    for name, module in model.named_modules():
+        if not name or matches(name, config.exclude_modules):
+            continue
+        linear = isinstance(module, nn.Linear)
+        # transformers' Conv1D is a linear with a transposed weight; GPT-2 is made of them.
+        if config.target_modules == "all-linear":
+            wanted = linear or type(module).__name__ == "Conv1D"
+        else:
+            wanted = matches(name, config.target_modules)
+        if wanted and linear:
+            found[name] = module  # type: ignore[assignment]
+        elif wanted:
+            wrong.append(f"{name} ({type(module).__name__})")
+    if wrong:
+        raise ValueError(f"only nn.Linear can get experts, but these match: {', '.join(wrong[:5])}")
+    if not found:
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(f"no module matches {config.target_modules!r}; the model's linears: {', '.join(linears[:20])}")
+    return found
+
+
+def _shared_weights(model: nn.Module) -> set[str]:
+    """Names of all parameters that stand under more than one name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def expert_names(module: MoLFLinear) -> tuple[str, ...]:
+    """`full` where the base is trained, then `lora_rR` of each rank, numbered where a rank repeats."""
+    names = ["full"] if module.train_base else []
+    seen: dict[int, int] = {}
+    for a in module.lora_A:
+        rank = a.shape[0]
+        seen[rank] = seen.get(rank, 0) + 1
+        names.append(f"lora_r{rank}" + (f"_{seen[rank]}" if seen[rank] > 1 else ""))
+    return tuple(names)
+
+
+def other_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Trained parameters outside layers with experts, each once."""
+    inside = {id(p) for _, module in molf_modules(model) for p in module.parameters()}
+    return (p for p in model.parameters() if p.requires_grad and id(p) not in inside)

@@ -1,0 +1,117 @@
+"""A record of every step's routing: kept on the device, drained now and then, refused where it cannot be true."""
+
+from typing import Any
+
+import torch
+
+from molf.optim import Routing
+
+
+class RoutingError(Exception):
+    """The routing did not happen as claimed: scores missing, not finite, or zero while the rate is above 0."""
+
+
+class RoutingRecorder:
+    """Collects `MoLFAdamW.last_routing` after every step.
+
+    Args:
+        drain_every: Steps whose scores stay on the device before they are read in one go.
+    """
+
+    def __init__(self, drain_every: int = 64) -> None:
+        self.drain_every = drain_every
+        self.modules: tuple[str, ...] = ()
+        self.experts: tuple[str, ...] = ()
+        self._pending: list[Routing] = []
+        self._steps: list[int] = []
+        self._counted: list[bool] = []
+        self._scores: list[torch.Tensor] = []  # (steps, modules, experts) each, on the host
+        self._winners: list[torch.Tensor] = []
+
+    def record(self, routing: Routing | None) -> None:
+        """Takes one step's routing.
+
+        Raises:
+            RoutingError: There is none, or a drained step's cannot be true.
+        """
+        if routing is None:
+            raise RoutingError("the optimizer made a step and left no routing scores")
+        self.modules, self.experts = routing.modules, routing.experts
+        self._pending.append(routing)
+        if len(self._pending) >= self.drain_every:
+            self.drain()
+
+    def drain(self) -> None:
+        """Reads the collected steps to the host and checks them.
+
+        Raises:
+            RoutingError: A score is not finite, or zero while its expert's rate is above 0.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        scores = torch.stack([routing.scores for routing in pending]).double().cpu()
+        winners = torch.stack([routing.winners for routing in pending]).cpu()
+        rates = torch.tensor([routing.rates for routing in pending], dtype=torch.float64)
+        self._steps += [routing.step for routing in pending]
+        self._counted += (rates > 0).any(dim=1).tolist()
+        self._scores.append(scores)
+        self._winners.append(winners)
+        wrong = ~torch.isfinite(scores) | ((scores == 0) & (rates > 0)[:, None, :])
+        if wrong.any():
+            step, module, expert = wrong.nonzero()[0].tolist()
+            raise RoutingError(
+                f"step {pending[step].step}, module {self.modules[module]}, expert {self.experts[expert]}: the score "
+                f"is {scores[step, module, expert]} at a rate of {rates[step, expert]}; no update can be routed by it"
+            )
+
+    def columns(self) -> dict[str, Any]:
+        """The record as columns, a row for each step, module and expert: step, module, expert, score, won, counted.
+
+        `counted` is False in steps whose rate is 0 (the first of a warm-up): they move nothing and leave the shares.
+
+        Raises:
+            RoutingError: As `drain`, or nothing was recorded.
+        """
+        scores, winners, counted = self._all()
+        steps, modules, experts = scores.shape
+        each = modules * experts
+        return {
+            "step": torch.tensor(self._steps, dtype=torch.int32).repeat_interleave(each).numpy(),
+            "module": [name for name in self.modules for _ in range(experts)] * steps,
+            "expert": list(self.experts) * (steps * modules),
+            "score": scores.flatten().numpy(),
+            "won": winners.flatten().numpy(),
+            "counted": counted.repeat_interleave(each).numpy(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Shares of the counted steps that each expert won, over all and by module, and whether one side won all.
+
+        Returns:
+            experts, share {expert: float}, share_by_module {module: {expert: float}}, one_sided (bool), steps.
+
+        Raises:
+            RoutingError: As `columns`.
+        """
+        _, winners, counted = self._all()
+        won = winners[counted].double()
+        by_module = won.mean(dim=0) if len(won) else torch.zeros(winners.shape[1:], dtype=torch.float64)
+        share = by_module.mean(dim=0).tolist()
+        return {
+            "experts": list(self.experts),
+            "steps": len(won),
+            "share": dict(zip(self.experts, share, strict=True)),
+            "share_by_module": {
+                module: dict(zip(self.experts, row, strict=True))
+                for module, row in zip(self.modules, by_module.tolist(), strict=True)
+            },
+            # With as many winners as experts every share is 1: then nothing is routed, and nothing is one-sided.
+            "one_sided": bool(len(won)) and max(share) == 1.0 and min(share) == 0.0,
+        }
+
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self.drain()
+        if not self._scores:
+            raise RoutingError("no step was routed")
+        return torch.cat(self._scores), torch.cat(self._winners), torch.tensor(self._counted)
