@@ -1,0 +1,55 @@
+"""The tasks by kind: each a module that defines the same things in the same order."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from molf.tasks import fact, med, sql
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pandera.pandas as pa
+
+    from molf.config import Evaluation
+    from molf.evaluation import LanguageModel
+
+
+class Task(Protocol):
+    """What a task's module holds.
+
+    Attributes:
+        NAME: Its kind in params.yaml.
+        PRIMARY: Name of the score that methods are compared by.
+        COMPONENTS: Per-example columns of the predictions whose means make the primary.
+        BINARY: Per-example column of zeros and ones for paired tests, or None.
+    """
+
+    NAME: str
+    PRIMARY: str
+    COMPONENTS: list[str]
+    BINARY: Any  # str | None; a module's constant has the narrower type, which a mutable attribute may not
+
+    def columns(self) -> list[list[str]]:
+        """The raw columns that must be there: one of these lists."""
+
+    def raw_schema(self, options: Any) -> "pa.DataFrameSchema":
+        """Checks `normalise`d rows, lazily: every bad value with its row, column and check."""
+
+    def normalise(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
+        """The benchmark's own rows as flat columns, with the index kept."""
+
+    def prepared_schema(self) -> "pa.DataFrameSchema":
+        """Checks prepared rows."""
+
+    def to_examples(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
+        """Valid normalised rows as prompt, completion and the task's own columns, with the index kept."""
+
+    def combine(self, means: dict[str, float]) -> float:
+        """The primary score from the means of COMPONENTS."""
+
+    def predict(self, lm: "LanguageModel", examples: "pd.DataFrame", evaluation: "Evaluation") -> "pd.DataFrame":
+        """A row per prepared example, in their order: example_id, prediction, and every per-example score."""
+
+    def metrics(self, predictions: "pd.DataFrame") -> dict[str, Any]:
+        """The scores: primary, primary_name, n, left_out ({reason: count}), and every metric by name."""
+
+
+TASKS: dict[str, Task] = {"sql": sql, "med": med, "fact": fact}

@@ -1,0 +1,180 @@
+"""CounterFact (Meng et al. 2022): a prompt about a subject; the model is to learn a new, false object."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from molf.tasks.columns import as_list, check, prepared, text, texts
+
+if TYPE_CHECKING:
+    import pandera.pandas as pa
+
+    from molf.config import Evaluation, NoOptions
+    from molf.evaluation import LanguageModel
+
+NAME = "fact"
+PRIMARY = "score"
+COMPONENTS = ["efficacy", "paraphrase", "neighborhood"]
+BINARY = "efficacy"
+# The flat columns keep the benchmark's own paths, so that a rejected row names the field that a person can look up.
+PROMPT = "requested_rewrite.prompt"
+SUBJECT = "requested_rewrite.subject"
+NEW = "requested_rewrite.target_new.str"
+TRUE = "requested_rewrite.target_true.str"
+LISTS = ["paraphrase_prompts", "neighborhood_prompts"]
+
+
+def prompt(template: str, subject: str) -> str:
+    """The rewrite prompt with its subject, without a space at the end: the completion brings its own."""
+    return template.replace("{}", subject).rstrip()
+
+
+def completion(target: str) -> str:
+    return f" {target}"
+
+
+def columns() -> list[list[str]]:
+    """The raw columns that must be there: one of these lists."""
+    return [["requested_rewrite", *LISTS]]
+
+
+def raw_schema(options: "NoOptions") -> "pa.DataFrameSchema":
+    """Checks normalised rows."""
+    import pandera.pandas as pa
+
+    def has_slot(value: object) -> bool:
+        return not isinstance(value, str) or value.count("{}") == 1
+
+    def differ(frame: pd.DataFrame) -> pd.Series:
+        pairs = zip(frame[NEW], frame[TRUE], strict=True)
+        return pd.Series([str(new).strip() != str(true).strip() for new, true in pairs], index=frame.index, dtype=bool)
+
+    return pa.DataFrameSchema(
+        {
+            PROMPT: text(checks=[check(has_slot, "has {} once")]),
+            SUBJECT: text(),
+            NEW: text(),
+            TRUE: text(),
+            **{name: texts() for name in LISTS},
+        },
+        checks=pa.Check(differ, name="new and true object differ", error="new and true object differ", ignore_na=False),
+    )
+
+
+def normalise(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
+    """CounterFact's nested records as flat columns named by their paths; what a record lacks is None."""
+
+    def at(record: object, path: str) -> Any:
+        for key in path.split(".")[1:]:
+            record = record.get(key) if isinstance(record, Mapping) else None
+        return record
+
+    flat = {path: [at(record, path) for record in frame["requested_rewrite"]] for path in (PROMPT, SUBJECT, NEW, TRUE)}
+    rest = frame.drop(columns="requested_rewrite")
+    return rest.assign(**{path: pd.Series(values, index=frame.index, dtype=object) for path, values in flat.items()})
+
+
+def prepared_schema() -> "pa.DataFrameSchema":
+    return prepared(target_new=text(), target_true=text(), **{name: texts() for name in LISTS})
+
+
+def to_examples(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
+    """Valid normalised rows as prompt, completion, target_new, target_true and the two lists; the index stays."""
+    prompts = [
+        prompt(template.strip(), subject.strip())
+        for template, subject in zip(frame[PROMPT], frame[SUBJECT], strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "prompt": prompts,
+            "completion": [completion(target.strip()) for target in frame[NEW]],
+            "target_new": [target.strip() for target in frame[NEW]],
+            "target_true": [target.strip() for target in frame[TRUE]],
+            **{name: [[item.strip() for item in as_list(items)] for items in frame[name]] for name in LISTS},
+        },
+        index=frame.index,
+    )
+
+
+def combine(means: dict[str, float]) -> float:
+    """The score of Meng et al. 2022: the harmonic mean of the three; 0 if one is 0."""
+    values = [means[name] for name in COMPONENTS]
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation") -> pd.DataFrame:
+    """Compares " new" and " true" on the rewrite prompt, its paraphrases and its neighbours.
+
+    An object's log-probability is the mean over its tokens (natural logarithm), as in Meng et al. 2022. A tie prefers
+    neither object.
+
+    Returns:
+        example_id, prediction (greedy text), target_new, target_true; per prompt group g of rewrite, paraphrase,
+        neighborhood the lists g_logprob_new and g_logprob_true, one value a prompt; and the scores: efficacy,
+        efficacy_first_token, accuracy (0 or 1), paraphrase, neighborhood (shares of the example's prompts).
+    """
+    groups = {
+        "rewrite": [[prompt] for prompt in examples["prompt"]],
+        "paraphrase": [as_list(prompts) for prompts in examples["paraphrase_prompts"]],
+        "neighborhood": [as_list(prompts) for prompts in examples["neighborhood_prompts"]],
+    }
+    targets = list(zip(examples["target_new"], examples["target_true"], strict=True))
+    asked = [
+        (question, completion(target))
+        for lists in groups.values()
+        for questions, pair in zip(lists, targets, strict=True)
+        for question in questions
+        for target in pair
+    ]
+    # One call for everything, so that batches fill.
+    answers = iter(lm.completion_logprobs([question for question, _ in asked], [target for _, target in asked]))
+    result: dict[str, list[Any]] = {"first_new": [], "first_true": []}
+    for group, lists in groups.items():
+        new_means, true_means = [], []
+        for questions in lists:
+            pairs = [(next(answers), next(answers)) for _ in questions]
+            new_means.append([float(new.mean()) for new, _ in pairs])
+            true_means.append([float(true.mean()) for _, true in pairs])
+            if group == "rewrite":
+                result["first_new"].append(float(pairs[0][0][0]))
+                result["first_true"].append(float(pairs[0][1][0]))
+        result[f"{group}_logprob_new"], result[f"{group}_logprob_true"] = new_means, true_means
+    generated = lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens["fact"])
+    return pd.DataFrame(
+        {
+            "example_id": examples["example_id"].to_numpy(),
+            "prediction": generated,
+            "target_new": [new for new, _ in targets],
+            "target_true": [true for _, true in targets],
+            **{name: values for name, values in result.items() if not name.startswith("first")},
+            "efficacy": _share(result["rewrite_logprob_new"], result["rewrite_logprob_true"]),
+            "paraphrase": _share(result["paraphrase_logprob_new"], result["paraphrase_logprob_true"]),
+            "neighborhood": _share(result["neighborhood_logprob_true"], result["neighborhood_logprob_new"]),
+            "efficacy_first_token": np.greater(result["first_new"], result["first_true"]).astype(float),
+            "accuracy": [
+                float(text.lstrip().startswith(new)) for text, (new, _) in zip(generated, targets, strict=True)
+            ],
+        }
+    )
+
+
+def _share(preferred: list[list[float]], other: list[list[float]]) -> list[float]:
+    """Per example, the share of its prompts on which the first object is strictly likelier than the second."""
+    return [float(np.greater(a, b).mean()) for a, b in zip(preferred, other, strict=True)]
+
+
+def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
+    """Means over all examples, and their harmonic mean."""
+    names = [*COMPONENTS, "accuracy", "efficacy_first_token"]
+    means = {name: float(predictions[name].mean()) for name in names}
+    score = combine(means)
+    return {
+        "primary": score,
+        "primary_name": PRIMARY,
+        "n": len(predictions),
+        "left_out": {},
+        "score": score,
+        **means,
+    }

@@ -1,0 +1,167 @@
+"""Text to SQL: Gretel's synthetic_text_to_sql and Spider (Yu et al. 2018), told apart by their columns."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from molf.sqlexec import Outcome, SqlExecutor, has_order, same_result
+from molf.tasks.columns import is_missing, prepared, text
+
+if TYPE_CHECKING:
+    import pandera.pandas as pa
+
+    from molf.config import Evaluation, SqlOptions
+    from molf.evaluation import LanguageModel
+
+NAME = "sql"
+PRIMARY = "execution_accuracy"
+COMPONENTS = ["execution_accuracy"]
+BINARY = "execution_accuracy"
+GRETEL = {"sql_prompt": "question", "sql_context": "context", "sql": "query"}
+SPIDER = ["db_id", "question", "query", "context"]
+
+
+def prompt(context: str, question: str) -> str:
+    """The schema, then the question as an SQL comment, then the word that asks for the query."""
+    return f"{context}\n\n-- Question: {question}\n-- Query:"
+
+
+def completion(query: str) -> str:
+    return f" {query}"
+
+
+def columns() -> list[list[str]]:
+    """The raw columns that must be there: one of these lists (Gretel's, Spider's)."""
+    return [list(GRETEL), SPIDER]
+
+
+def raw_schema(options: "SqlOptions") -> "pa.DataFrameSchema":
+    """Checks normalised rows. Which of the two sets of columns must be there is `columns`' matter."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema({name: text(required=False) for name in (*GRETEL, *SPIDER)})
+
+
+def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
+    """Both sets are flat already."""
+    return frame
+
+
+def prepared_schema() -> "pa.DataFrameSchema":
+    return prepared(
+        context=text(), question=text(), query=text(), db_id=text(optional=True), database=text(optional=True)
+    )
+
+
+def to_examples(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
+    """Valid normalised rows as prompt, completion, context, question, query, db_id and database; the index stays.
+
+    `db_id` is None for Gretel. `database` is the path of the db file, None where there is none;
+    `options.databases` must be a folder here.
+    """
+    rows = frame.rename(columns=GRETEL) if set(GRETEL) <= set(frame.columns) else frame
+    own = {name: [value.strip() for value in rows[name]] for name in ("context", "question", "query")}
+    names = [name.strip() for name in rows["db_id"]] if "db_id" in rows and rows is frame else [None] * len(rows)
+    files = [_database(options.databases, name) for name in names]
+    return pd.DataFrame(
+        {
+            "prompt": [prompt(context, asked) for context, asked in zip(own["context"], own["question"], strict=True)],
+            "completion": [completion(query) for query in own["query"]],
+            **own,
+            "db_id": pd.Series(names, index=frame.index, dtype=str),
+            "database": pd.Series(files, index=frame.index, dtype=str),
+        },
+        index=frame.index,
+    )
+
+
+def _database(folder: str | None, name: str | None) -> str | None:
+    # A name with a slash would reach outside the folder.
+    if folder is None or name is None or Path(name).name != name:
+        return None
+    path = Path(folder) / name / f"{name}.sqlite"
+    return str(path) if path.is_file() else None
+
+
+def combine(means: dict[str, float]) -> float:
+    return means["execution_accuracy"]
+
+
+def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation") -> pd.DataFrame:
+    """Greedy queries, run beside the gold ones, each in a fresh database.
+
+    Returns:
+        example_id, prediction (query), query (gold), and execution_accuracy (0, 1, or NaN where `left_out` says why),
+        exact_match, valid_sql (0 or 1); left_out (reason or None), gold_error, error (what SQLite said, or None).
+    """
+    predictions = [text.strip() for text in lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens["sql"])]
+    columns = [examples[name].tolist() for name in ("context", "query", "db_id", "database")]
+    rows = []
+    with SqlExecutor() as executor:
+        for predicted, context, query, db_id, file in zip(predictions, *columns, strict=True):
+            database = None if is_missing(file) else Path(file)
+            gold = executor.run(context, query, database)
+            outcome = gold if predicted == query else executor.run(context, predicted, database)
+            # Spider's context has tables without rows, on which most queries agree.
+            left_out = _left_out(gold, lacks_database=not is_missing(db_id) and database is None)
+            rows.append(
+                {
+                    "execution_accuracy": float("nan")
+                    if left_out
+                    else float(same_result(gold, outcome, in_order=has_order(query))),
+                    "exact_match": float(canonical(predicted) == canonical(query)),
+                    "valid_sql": float(outcome.ok),
+                    "left_out": left_out,
+                    "gold_error": gold.reason,
+                    "error": outcome.reason,
+                }
+            )
+    texts = {"left_out": str, "gold_error": str, "error": str}
+    result = pd.DataFrame(
+        {"example_id": examples["example_id"].to_numpy(), "prediction": predictions, "query": columns[1]}
+    )
+    return result.join(pd.DataFrame(rows).astype(texts)) if rows else result
+
+
+def _left_out(gold: Outcome, lacks_database: bool) -> str | None:
+    if lacks_database:
+        return "no_database"
+    return None if gold.ok else "gold_does_not_run"
+
+
+def canonical(query: str) -> str:
+    """The query in sqlglot's spelling of SQLite, so that equal ones differ in no space, case or quote.
+
+    What sqlglot cannot parse stays as it is, without the semicolon at its end.
+    """
+    import sqlglot
+    from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
+
+    # It warns of each statement that it passes through unparsed.
+    logging.getLogger("sqlglot").setLevel(logging.ERROR)
+    try:
+        statements = [parsed for parsed in sqlglot.parse(query, dialect="sqlite") if parsed is not None]
+        spelled = [
+            normalize_identifiers(parsed, dialect="sqlite").sql(dialect="sqlite", identify=True, comments=False)
+            for parsed in statements
+        ]
+    except (sqlglot.errors.SqlglotError, RecursionError, ValueError):
+        return query.strip().rstrip(";").rstrip()
+    return "; ".join(spelled)
+
+
+def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
+    """Execution accuracy over the examples that can be judged (`n`), the other two scores over all."""
+    accuracy = float(predictions["execution_accuracy"].mean())
+    reasons = predictions["left_out"].value_counts()
+    return {
+        "primary": combine({"execution_accuracy": accuracy}),
+        "primary_name": PRIMARY,
+        "n": int(predictions["execution_accuracy"].notna().sum()),
+        "left_out": {str(reason): int(count) for reason, count in reasons.items()},
+        "execution_accuracy": accuracy,
+        "exact_match": float(predictions["exact_match"].mean()),
+        "valid_sql": float(predictions["valid_sql"].mean()),
+    }
