@@ -283,7 +283,7 @@ class Store:
         self._log_files(run_id, "routing", train / "routing.parquet")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "heat_map.png"
-            save(routing_heat_map({cell.method: read_routing(train)}, f"{cell.model}, {cell.task}"), path)
+            save(routing_heat_map({cell.method: read_routing(train)}, f"{cell.name}: where the updates went"), path)
             self._log_files(run_id, "routing", path)
 
 

@@ -12,6 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from molf.paths import Cell
+
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 # The four kinds keep their colour in every report; further methods take the rest in turn.
 KIND_COLOURS = {"fft": BLUE, "lora": ORANGE, "molf": GREEN, "molf-e": PURPLE}
@@ -39,8 +41,8 @@ def read_routing(train: Path) -> pd.DataFrame:
 def share_so_far(routing: pd.DataFrame) -> pd.DataFrame:
     """Each expert's share of the module-steps it has won up to each step: index step, one column for each expert."""
     wins = routing.pivot_table(index="step", columns="expert", values="won", aggfunc="sum", observed=False)
-    modules = routing.groupby("step")["module"].nunique()
-    share = wins.cumsum().div(modules.cumsum(), axis=0)
+    first = routing[routing["expert"] == routing["expert"].cat.categories[0]]
+    share = wins.cumsum().div(first.groupby("step").size().cumsum(), axis=0)
     share.columns = pd.Index([str(expert) for expert in share.columns])
     return share
 
@@ -127,7 +129,7 @@ def routing_heat_map(routings: Mapping[str, pd.DataFrame], title: str) -> Figure
     rows = [len(table) for table in tables.values()]
     figure = Figure(figsize=(7.2, 0.9 + sum(0.3 * count + 1.15 for count in rows)), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}: where each update went", fontsize=11, fontweight="bold", color=INK)
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
     panels = figure.subplots(len(tables), 1, squeeze=False, gridspec_kw={"height_ratios": rows})[:, 0]
     for axes, (method, table) in zip(panels, tables.items(), strict=True):
         first, *rest = [_expert(str(e)) for e in routings[method]["expert"].cat.categories]
@@ -213,10 +215,74 @@ def cost_figure(group: Mapping[str, Any], palette: Mapping[str, str]) -> Figure:
     return figure
 
 
+def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[str, str]]:
+    """Draws and writes every figure of a comparison.
+
+    Args:
+        comparison: As `comparison.build` gives it.
+        root: Project folder, for histories and routing records.
+        folder: Where the PNG files go.
+
+    Returns:
+        For each figure model, task, file (its name) and caption, in the order of reading.
+    """
+    found = []
+    for group in comparison["groups"]:
+        palette = colours([(m["method"], m["kind"]) for m in group["methods"]])
+        cells = {
+            m["method"]: [
+                root / Cell(group["model"], group["task"], m["method"], seed["seed"]).results / "train"
+                for seed in m["per_seed"]
+            ]
+            for m in group["methods"]
+        }
+        histories = {name: [pd.read_parquet(t / "history.parquet") for t in trains] for name, trains in cells.items()}
+        routings = {
+            m["method"]: _pooled([read_routing(train) for train in cells[m["method"]]])
+            for m in group["methods"]
+            if m["routing_share"]
+        }
+        percent = f"{100 * comparison['confidence']:g} %"
+        drawn = {
+            "score": (
+                score_figure(group, palette),
+                f"Score of each method with its {percent} bootstrap interval ({comparison['interval']}). The dashed "
+                "line is the model before any fine-tuning. Small white dots, if any, are single seeds.",
+            ),
+            "loss": (
+                loss_figure(group, histories, palette),
+                "Training loss: faint as recorded at each step, strong smoothed. Methods saw the same batches in the "
+                "same order.",
+            ),
+        }
+        if routings:
+            drawn["routing"] = (
+                routing_heat_map(routings, _title(group, "where the updates went")),
+                "Each square is one linear layer; its number and colour say in how many percent of the steps its "
+                "update went to the first expert.",
+            )
+            drawn["share"] = (
+                share_figure(group, routings, palette),
+                "Share of all updates so far that went to the first expert; steps with learning rate 0 do not count.",
+            )
+        if comparison["costs_comparable"]:
+            drawn["cost"] = (cost_figure(group, palette), "Score against training time; up and to the left is better.")
+        for name, (figure, caption) in drawn.items():
+            file = f"{group['model']}-{group['task']}-{name}.png"
+            save(figure, folder / file)
+            found.append({"model": group["model"], "task": group["task"], "file": file, "caption": caption})
+    return found
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG whose bytes depend on the figure alone (no date, no version)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def _pooled(routings: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The routing rows of several seeds as one; categories stay, since the seeds of a method share their experts."""
+    return pd.concat(routings, ignore_index=True)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

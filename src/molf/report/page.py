@@ -1,0 +1,203 @@
+"""A comparison in words: the page, and its tables for the terminal and for Markdown."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from molf.paths import BASE_METHOD, Cell
+
+TEMPLATE = "page.html"
+SEEN = (  # where a reader goes from the terminal
+    "where to look next:",
+    "  reports/report.html   table, figures and how it was made, in one page",
+    "  make ui               every run side by side in MLflow",
+)
+
+
+def render(comparison: Mapping[str, Any], figures: Sequence[Mapping[str, str]], folder: Path, limits: list[str]) -> str:
+    """The report as one HTML page that loads nothing; all text from data is escaped.
+
+    Args:
+        comparison: As `comparison.build` gives it.
+        figures: As `figures.draw` gives them.
+        folder: Where the figures' files lie.
+        limits: What the comparison is too small to show, in sentences.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("molf.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(
+        seconds=seconds, size=size, count=count, pretty=lambda value: json.dumps(value, indent=2, ensure_ascii=False)
+    )
+    embedded = [
+        {**figure, "png": base64.b64encode((folder / figure["file"]).read_bytes()).decode()} for figure in figures
+    ]
+    groups = [
+        {
+            **group,
+            "table": table(group),
+            "figures": [f for f in embedded if (f["model"], f["task"]) == (group["model"], group["task"])],
+        }
+        for group in comparison["groups"]
+    ]
+    return environment.get_template(TEMPLATE).render(c=comparison, groups=groups, limits=limits)
+
+
+def table(group: Mapping[str, Any]) -> list[list[str]]:
+    """A group's rows as text, the header first: score, differences to fft and lora, costs, routing."""
+    against = [m["method"] for m in group["methods"] if m["kind"] in ("fft", "lora")]
+    rows = [["method", "score", *(f"vs {name}" for name in against), "time", "memory", "trained", "routed"]]
+    if group["base"]:
+        rows.append([BASE_METHOD, _score(group["base"]), *[""] * (len(against) + 4)])
+    differences = {(d["method"], d["versus"]): d for d in group["differences"]}
+    for m in group["methods"]:
+        rows.append(
+            [
+                m["method"],
+                _score(m),
+                *(_difference(differences.get((m["method"], name))) for name in against),
+                seconds(m["train_seconds"]),
+                size(m["peak_memory_bytes"]),
+                count(m["trained_parameters"]),
+                _routed(m),
+            ]
+        )
+    return rows
+
+
+def terminal_table(comparison: Mapping[str, Any]) -> str:
+    """The comparison as plain text: a block for each model and task, the verdict, and where to look next."""
+    lines = []
+    for group in comparison["groups"]:
+        rows = table(group)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines.append(heading(group))
+        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"  {verdict['outcome'].upper()}: {verdict['sentence']}" for verdict in group["verdicts"]]
+        lines += [f"  WARNING: {m['method']}: {text}" for m in group["methods"] for text in m["warnings"]]
+        lines.append("")
+    lines += [comparison["sentence"], _meaning(comparison)]
+    if not comparison["costs_comparable"]:
+        lines.append("The cells ran on unlike hardware: their times and memory are not comparable.")
+    return "\n".join([*lines, "", *SEEN])
+
+
+def markdown_table(comparison: Mapping[str, Any]) -> str:
+    """The comparison as Markdown: the verdict, then a table for each model and task."""
+    lines = [f"**{_markdown(comparison['sentence'])}**", ""]
+    for group in comparison["groups"]:
+        header, *rows = [[_markdown(cell) for cell in row] for row in table(group)]
+        lines += [
+            f"### {_markdown(heading(group))}",
+            "",
+            _row(header),
+            _row(["---"] * len(header)),
+            *map(_row, rows),
+            "",
+        ]
+        for verdict in group["verdicts"]:
+            lines.append(f"- **{verdict['outcome']}**: {_markdown(verdict['sentence'])}")
+        lines += [f"- **warning**: {m['method']}: {_markdown(t)}" for m in group["methods"] for t in m["warnings"]]
+        lines.append("")
+    return "\n".join([*lines, _meaning(comparison), ""])
+
+
+def published_readme(comparison: Mapping[str, Any]) -> str:
+    """What is committed beside a published comparison: the tables, the time of each cell, figures and limits."""
+    from molf.report.comparison import limits
+
+    lines = [
+        markdown_table(comparison),
+        "## Too small to show",
+        "",
+        *(f"- {_markdown(t)}" for t in limits(comparison)),
+        "",
+    ]
+    lines += ["## Time of each cell", "", _row(["cell", "training", "evaluation", "steps"]), _row(["---"] * 4)]
+    total = 0.0
+    for group in comparison["groups"]:
+        for m in group["methods"]:
+            for seed in m["per_seed"]:
+                name = Cell(group["model"], group["task"], m["method"], seed["seed"]).name
+                times = [seed["train_seconds"], seed["evaluation_seconds"]]
+                total += sum(times)
+                lines.append(_row([name, *map(seconds, times), str(m["steps"])]))
+    lines += ["", f"All cells together: {seconds(total)}."]
+    machines = "; ".join(f"{h['name']}, threads: {h['threads']}" for h in comparison["hardware"])
+    lines += ["", f"Made on: {_markdown(machines)}.", ""]
+    for group in comparison["groups"]:
+        for name in ("score", "routing"):
+            file = f"figures/{group['model']}-{group['task']}-{name}.png"
+            if name == "score" or any(m["routing_share"] for m in group["methods"]):
+                lines += [f"![{group['task']}: {name}]({file})", ""]
+    return "\n".join(lines)
+
+
+def heading(group: Mapping[str, Any]) -> str:
+    """What a group's table shows, with its number of examples and of those left out."""
+    left_out = ", ".join(f"{number} left out: {reason}" for reason, number in group["left_out"].items())
+    return (
+        f"{group['model']} / {group['task']}: {group['primary_name']} on {group['examples']} examples"
+        + (f" ({left_out})" if left_out else "")
+        + (", generated data" if group["generated"] else "")
+    )
+
+
+def seconds(value: float) -> str:
+    """A duration: "48 s", "3 min 05 s", "2 h 10 min"."""
+    if value < 120:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(value: float) -> str:
+    """A number of bytes: "820 MB", "2.14 GB"."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def count(value: float) -> str:
+    """A number of parameters: "850 k", "1.72 M", "1.54 B"."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _difference(row: Mapping[str, Any] | None) -> str:
+    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if row else "-"
+
+
+def _routed(method: Mapping[str, Any]) -> str:
+    """Share of the updates that went to the first expert; a star says that routing stayed on one side."""
+    if not method["routing_share"]:
+        return "-"
+    expert, share = next(iter(method["routing_share"].items()))
+    return f"{100 * share:.0f} % {expert}" + ("  ONE-SIDED" if method["one_sided"] else "")
+
+
+def _meaning(comparison: Mapping[str, Any]) -> str:
+    percent = f"{100 * comparison['confidence']:g} %"
+    return (
+        f"[low, high]: {percent} paired bootstrap, {comparison['interval']}; vs: difference to that method; "
+        "routed: updates to the first expert."
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and the HTML in it take literally."""
+    for character, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("*", "\\*"), ("_", "\\_")):
+        text = text.replace(character, safe)
+    return " ".join(text.split())

@@ -1,0 +1,37 @@
+"""`python -m molf.stages.compare`: compares the grid's cells and writes reports/."""
+
+import shutil
+from pathlib import Path
+
+from molf.config import load_params
+from molf.errors import main
+from molf.paths import REPORTS, atomic, write_json
+
+
+def run() -> None:
+    params, root = load_params(), Path()
+
+    from molf import tracking
+    from molf.report import comparison, figures, page
+
+    result = comparison.build(params, root)
+    folder = REPORTS / "figures"
+    shutil.rmtree(folder, ignore_errors=True)
+    drawn = figures.draw(result, root, folder)
+    text = page.render(result, drawn, folder, comparison.limits(result))
+    write_json(REPORTS / "comparison.json", result)
+    atomic(REPORTS / "comparison.csv", lambda path: comparison.flat(result).to_csv(path, index=False))
+    write_text(REPORTS / "report.html", text)
+    tracking.log_comparison(REPORTS, params.tracking.experiment)
+    print(page.terminal_table(result))
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomic(path, write)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(run))
