@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -118,30 +118,48 @@ class SqlExecutor:
 
     def _ask(self, request: bytes, seconds: float) -> bytes:
         """Sends a line and waits for the answering one."""
-        if self._worker is None:
-            self._worker = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-            )
-        stdin, stdout = self._worker.stdin, self._worker.stdout
-        assert stdin is not None and stdout is not None
-        stdin.write(request)
-        stdin.flush()
-        deadline, chunks = time.monotonic() + seconds, []
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([stdout], [], [], left)[0]:
-                raise TimeoutError
-            chunk = os.read(stdout.fileno(), 1 << 20)
-            if not chunk:
-                raise EOFError
-            chunks.append(chunk)
-            if chunk.endswith(b"\n"):
-                return b"".join(chunks)
+        worker = self._worker = self._worker or self._start()
+        assert worker.stdin is not None
+        worker.stdin.write(request)
+        worker.stdin.flush()
+        return _read_line(worker, seconds)
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        """Starts a worker and waits until it is ready, so that one that cannot start fails no query."""
+        worker = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
+        try:
+            _read_line(worker, 60)
+        except (TimeoutError, EOFError):
+            from molf.errors import RunError
+
+            worker.kill()
+            raise RunError(f"the process that runs SQL does not start: {sys.executable} {__file__}") from None
+        return worker
+
+
+def _read_line(worker: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    """Reads the worker's one answering line.
+
+    Raises:
+        TimeoutError: It did not come in time.
+        EOFError: The worker is gone.
+    """
+    assert worker.stdout is not None
+    deadline, chunks = time.monotonic() + seconds, [b""]
+    while not chunks[-1].endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([worker.stdout], [], [], left)[0]:
+            raise TimeoutError
+        chunks.append(os.read(worker.stdout.fileno(), 1 << 20))
+        if not chunks[-1]:
+            raise EOFError
+    return b"".join(chunks)
 
 
 # --- comparing -----------------------------------------------------------------------------------------------------
@@ -187,6 +205,8 @@ def has_order(query: str) -> bool:
 def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
     """Answers requests, a line of JSON each, until the parent goes."""
     _limit_process()
+    stdout.write(b"ready\n")
+    stdout.flush()
     for line in stdin:
         request = json.loads(line)
         _limit_cpu(request["seconds"])
@@ -238,8 +258,11 @@ def _execute(request: dict[str, Any]) -> dict[str, Any]:
         writes: list[int] = []
         connection.set_authorizer(_authorizer(writes))
         if request["database"] is None:
-            with _time_limit(connection, request["seconds"]), _told_apart("context"):
-                connection.executescript(request["context"])
+            try:
+                with _time_limit(connection, request["seconds"]):
+                    connection.executescript(request["context"])
+            except Exception as error:
+                raise ValueError(f"context: {error}") from None
         if not re.search(r"[^\s;]", re.sub(r"--[^\n]*|/\*.*?(\*/|$)", " ", request["query"], flags=re.DOTALL)):
             raise sqlite3.ProgrammingError("no statement")
         writes.clear()
@@ -273,7 +296,7 @@ def _limit_connection(connection: sqlite3.Connection) -> None:
 
 def _authorizer(writes: list[int]) -> Callable[..., int]:
     """Allows statements on the database in memory; notes the writing ones in `writes`."""
-    reading = {
+    allowed = {
         sqlite3.SQLITE_SELECT,
         sqlite3.SQLITE_READ,
         sqlite3.SQLITE_RECURSIVE,
@@ -282,9 +305,10 @@ def _authorizer(writes: list[int]) -> Callable[..., int]:
         sqlite3.SQLITE_ANALYZE,
         sqlite3.SQLITE_REINDEX,
     }
-    names = [f"{verb}_{what}" for verb in ("CREATE", "DROP") for what in ("INDEX", "TABLE", "TRIGGER", "VIEW")]
-    names += [name.replace("_", "_TEMP_") for name in names]
-    writing = {getattr(sqlite3, f"SQLITE_{name}") for name in (*names, "INSERT", "UPDATE", "DELETE", "ALTER_TABLE")}
+    verbs = [f"{verb}_{what}" for verb in ("CREATE", "DROP") for what in ("INDEX", "TABLE", "TRIGGER", "VIEW")]
+    allowed |= {getattr(sqlite3, f"SQLITE_{name}") for name in (*verbs, *(n.replace("_", "_TEMP_") for n in verbs))}
+    # Every CREATE and DROP is one of these too, on the schema table; CREATE_TABLE alone can be json_each in a SELECT.
+    writing = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_ALTER_TABLE}
 
     def authorize(action: int, first: str | None, second: str | None, schema: str | None, source: str | None) -> int:
         if action == sqlite3.SQLITE_FUNCTION:
@@ -293,39 +317,23 @@ def _authorizer(writes: list[int]) -> Callable[..., int]:
             writes.append(action)
             return sqlite3.SQLITE_OK
         # Attach, detach, pragmas, virtual tables and whatever a later SQLite brings.
-        return sqlite3.SQLITE_OK if action in reading else sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
     return authorize
 
 
-class _time_limit:
+@contextmanager
+def _time_limit(connection: sqlite3.Connection, seconds: float) -> Iterator[None]:
     """Interrupts what the connection does after so many seconds."""
-
-    def __init__(self, connection: sqlite3.Connection, seconds: float) -> None:
-        self.connection, self.seconds = connection, seconds
-
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + self.seconds
-        self.connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.connection.set_progress_handler(None, 0)
-        if isinstance(error, sqlite3.OperationalError) and "interrupted" in str(error):
-            raise TimeoutError(f"over the time limit of {self.seconds:g} s") from None
-
-
-class _told_apart:
-    """Says of an error that it is not the query's."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Exception):
-            raise RuntimeError(f"{self.what}: {error}") from None
+    deadline = time.monotonic() + seconds
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+    try:
+        yield
+    finally:
+        connection.set_progress_handler(None, 0)
+        # Asked on success too: a single long operation cannot be interrupted.
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"over the time limit of {seconds:g} s") from None
 
 
 def _fetch(cursor: sqlite3.Cursor, most: int) -> list[Row]:

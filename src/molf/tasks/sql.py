@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from molf.errors import RunError
 from molf.sqlexec import Outcome, SqlExecutor, has_order, same_result
 from molf.tasks.columns import is_missing, prepared, text
 
@@ -122,7 +123,7 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
     result = pd.DataFrame(
         {"example_id": examples["example_id"].to_numpy(), "prediction": predictions, "query": columns[1]}
     )
-    return result.join(pd.DataFrame(rows).astype(texts)) if rows else result
+    return result.join(pd.DataFrame(rows).astype(texts))
 
 
 def _left_out(gold: Outcome, lacks_database: bool) -> str | None:
@@ -147,20 +148,29 @@ def canonical(query: str) -> str:
             normalize_identifiers(parsed, dialect="sqlite").sql(dialect="sqlite", identify=True, comments=False)
             for parsed in statements
         ]
-    except (sqlglot.errors.SqlglotError, RecursionError, ValueError):
+    except Exception:  # of any type, for a model's text finds the parser's own defects as well
         return query.strip().rstrip(";").rstrip()
     return "; ".join(spelled)
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
-    """Execution accuracy over the examples that can be judged (`n`), the other two scores over all."""
+    """Execution accuracy over the examples that can be judged (`n`), the other two scores over all.
+
+    Raises:
+        RunError: No example can be judged.
+    """
     accuracy = float(predictions["execution_accuracy"].mean())
-    reasons = predictions["left_out"].value_counts()
+    reasons = {str(reason): int(count) for reason, count in predictions["left_out"].value_counts().items()}
+    if is_missing(accuracy):
+        raise RunError(
+            f"sql: no gold query can be judged ({reasons}); Spider's rows need their databases "
+            "(options.databases: the folder or archive with DB/DB.sqlite)"
+        )
     return {
         "primary": combine({"execution_accuracy": accuracy}),
         "primary_name": PRIMARY,
         "n": int(predictions["execution_accuracy"].notna().sum()),
-        "left_out": {str(reason): int(count) for reason, count in reasons.items()},
+        "left_out": reasons,
         "execution_accuracy": accuracy,
         "exact_match": float(predictions["exact_match"].mean()),
         "valid_sql": float(predictions["valid_sql"].mean()),
