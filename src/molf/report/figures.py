@@ -1,5 +1,6 @@
 """The report's figures, and the small reductions of the routing record that they show. Colours are Okabe and Ito's."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def score_figure(group: Mapping[str, Any], palette: Mapping[str, str]) -> Figure
     """Score of every method with its interval, seeds as small dots, the untrained model as a line."""
     methods = group["methods"]
     figure, axes = _canvas(6.4, 1.5 + 0.42 * len(methods))
-    low = min([m["low"] for m in methods] + [group["base"]["mean"] if group["base"] else 1.0])
+    top = _top(group)
     for y, m in enumerate(methods):
         colour = palette[m["method"]]
         axes.plot([m["low"], m["high"]], [y, y], color=colour, lw=2.2, solid_capstyle="butt", zorder=2)
@@ -95,26 +96,35 @@ def score_figure(group: Mapping[str, Any], palette: Mapping[str, str]) -> Figure
             axes.plot([end, end], [y - 0.12, y + 0.12], color=colour, lw=2.2, zorder=2)
         axes.plot(m["mean"], y, "o", color=colour, ms=8, zorder=4)
         if len(m["per_seed"]) > 1:
-            axes.plot([s["score"] for s in m["per_seed"]], [y] * len(m["per_seed"]), "o", color="white", ms=3, zorder=5)
+            axes.plot(
+                [s["score"] for s in m["per_seed"]],
+                [y] * len(m["per_seed"]),
+                "o",
+                mfc="white",
+                mec=colour,
+                mew=1.2,
+                ms=4.5,
+                zorder=3,
+            )
         axes.annotate(f"{m['mean']:.3f}", (m["mean"], y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
     if group["base"]:
         axes.axvline(group["base"]["mean"], color=GREY, lw=1.4, ls=(0, (4, 3)), zorder=1)
         axes.annotate(
             f"untrained model {group['base']['mean']:.3f}",
             (group["base"]["mean"], 1),
-            (5, -11) if group["base"]["mean"] < 0.6 else (-5, -11),
+            (5, -11) if group["base"]["mean"] < 0.6 * top else (-5, -11),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            ha="left" if group["base"]["mean"] < 0.6 else "right",
+            ha="left" if group["base"]["mean"] < 0.6 * top else "right",
             fontsize=8.5,
             color=GREY,
         )
     axes.set_yticks(range(len(methods)), [m["method"] for m in methods])
     axes.set_ylim(len(methods) - 0.5, -1.1)
-    axes.set_xlim(min(0.0, low), 1.0)
+    axes.set_xlim(0, top)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{_words(group['primary_name'])} on {group['examples']} test examples (0 to 1, higher is better)")
-    axes.set_title(_title(group, "score with interval"))
+    axes.set_xlabel(f"{_words(group['primary_name'])} on {group['examples']} test examples (best is 1)")
+    _entitle(axes, _title(group, "score with interval"))
     return figure
 
 
@@ -129,7 +139,7 @@ def routing_heat_map(routings: Mapping[str, pd.DataFrame], title: str) -> Figure
     rows = [len(table) for table in tables.values()]
     figure = Figure(figsize=(7.2, 0.9 + sum(0.3 * count + 1.15 for count in rows)), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left")
     panels = figure.subplots(len(tables), 1, squeeze=False, gridspec_kw={"height_ratios": rows})[:, 0]
     for axes, (method, table) in zip(panels, tables.items(), strict=True):
         first, *rest = [_expert(str(e)) for e in routings[method]["expert"].cat.categories]
@@ -173,8 +183,8 @@ def loss_figure(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss (nats per token)")
-    axes.set_title(_title(group, "training loss"))
-    axes.legend(frameon=False, fontsize=9)
+    _entitle(axes, _title(group, "training loss"))
+    _legend(axes)
     return figure
 
 
@@ -191,8 +201,8 @@ def share_figure(group: Mapping[str, Any], routings: Mapping[str, pd.DataFrame],
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("share of updates so far")
-    axes.set_title(_title(group, "routing over time"))
-    axes.legend(frameon=False, fontsize=9)
+    _entitle(axes, _title(group, "routing over time"))
+    _legend(axes)
     return figure
 
 
@@ -206,12 +216,11 @@ def cost_figure(group: Mapping[str, Any], palette: Mapping[str, str]) -> Figure:
         )
     longest = max(m["train_seconds"] for m in group["methods"])
     axes.set_xlim(0, 1.12 * longest)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, _top(group))
     axes.set_xlabel("training time of one seed (seconds, shorter is better)")
     axes.set_ylabel(_words(group["primary_name"]))
-    axes.set_title(_title(group, "score against time"))
-    # Beside the axes: points may lie anywhere within.
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _entitle(axes, _title(group, "score against time"))
+    _legend(axes)
     return figure
 
 
@@ -247,7 +256,7 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
             "score": (
                 score_figure(group, palette),
                 f"Score of each method with its {percent} bootstrap interval ({comparison['interval']}). The dashed "
-                "line is the model before any fine-tuning. Small white dots, if any, are single seeds.",
+                "line is the model before any fine-tuning. Hollow dots, if any, are single seeds.",
             ),
             "loss": (
                 loss_figure(group, histories, palette),
@@ -295,8 +304,22 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     axes.tick_params(colors=INK, labelsize=9)
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
-    axes.title.set(fontsize=11, fontweight="bold", color=INK)
     return figure, axes
+
+
+def _entitle(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left", pad=10)
+
+
+def _legend(axes: Axes) -> None:
+    """The legend beside the axes, since lines and points may lie anywhere within."""
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _top(group: Mapping[str, Any]) -> float:
+    """Upper end of a score axis that starts at 0: 1, or less where all scores are low."""
+    highest = max([m["high"] for m in group["methods"]] + ([group["base"]["high"]] if group["base"] else []))
+    return min(1.0, math.ceil(11.5 * highest + 0.01) / 10)
 
 
 def _title(group: Mapping[str, Any], what: str) -> str:

@@ -1,0 +1,179 @@
+"""The page, the tables, the figures and the stage that writes them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from molf.paths import read_json, write_json
+from molf.report import comparison, figures, page
+from molf.stages import compare
+from tests.report import fake
+
+HOSTILE = "<script>alert(1)</script>"
+METHODS = [("fft", "fft"), ("lora", "lora"), ("molf", "molf"), ("molf-e", "molf-e")]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with results, in which the stage logs nothing."""
+    fake.write_tree(tmp_path, fake.raw_params())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("molf.tracking.log_comparison", lambda *_: None)
+    return tmp_path
+
+
+def test_stage_writes_everything_and_prints_the_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare.run()
+    printed = capsys.readouterr().out
+    reports = root / "reports"
+    assert sorted(path.name for path in reports.iterdir()) == [
+        "comparison.csv", "comparison.json", "figures", "report.html",
+    ]  # fmt: skip
+    names = {path.name for path in (reports / "figures").iterdir()}
+    expected = ("score", "loss", "routing", "share", "cost")
+    assert names == {f"tiny-{task}-{kind}.png" for task in ("sql", "fact") for kind in expected}
+    assert len(pd.read_csv(reports / "comparison.csv")) == 10
+    assert printed.strip() == page.terminal_table(read_json(reports / "comparison.json"))
+
+
+def test_stage_output_is_reproducible(root: Path) -> None:
+    compare.run()
+    first = {path: path.read_bytes() for path in (root / "reports").rglob("*.*") if path.is_file()}
+    compare.run()
+    assert first == {path: path.read_bytes() for path in (root / "reports").rglob("*.*") if path.is_file()}
+
+
+def test_page_is_self_contained_and_complete(root: Path) -> None:
+    compare.run()
+    text = (root / "reports/report.html").read_text()
+    assert not re.search(r"https?://|//cdn|@import|url\(|<link|<script|<iframe", text)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(sources) == 10
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert 'name="viewport"' in text
+    for words in (
+        "generated data",
+        "examples only",
+        "One seed",
+        "0" * 40,
+        "a machine",
+        "gold does not run",
+        "lora_alpha",
+    ):
+        assert words in text
+
+
+def test_page_escapes_what_comes_from_data(root: Path) -> None:
+    for path in root.glob("results/*/*/*/*/train/run.json"):
+        run = read_json(path)
+        run["hardware"]["name"] = run["data"]["source"]["kind"] = run["versions"][HOSTILE] = HOSTILE
+        write_json(path, run)
+    for path in root.glob("results/*/*/*/*/train/summary.json"):
+        write_json(path, {**read_json(path), "warnings": [HOSTILE]})
+    for path in root.glob("results/*/*/*/*/evaluation/metrics.json"):
+        metrics = read_json(path)
+        metrics["left_out"], metrics["metrics"][HOSTILE] = {HOSTILE: 1}, 1.0
+        write_json(path, metrics)
+    summary: dict[str, Any] = {
+        "rows": {"train": {"raw": 10, "kept": 9}},
+        "reasons": {HOSTILE: 1},
+        "source": {"name": HOSTILE},
+        "data_hash": "hash-of-sql",
+    }
+    write_json(root / "data/prepared/sql/summary.json", summary)
+    compare.run()
+    text = (root / "reports/report.html").read_text()
+    assert "<script" not in text
+    assert "Rejected rows by reason: 1 &lt;script&gt;" in text
+    assert text.count("&lt;script&gt;") > 20
+    assert "<script" not in page.markdown_table(read_json(root / "reports/comparison.json"))
+
+
+def test_terminal_table(root: Path) -> None:
+    compare.run()
+    text = page.terminal_table(read_json(root / "reports/comparison.json"))
+    lines = text.splitlines()
+    assert lines[0].startswith("tiny / sql: execution_accuracy on 39 examples (1 left out: gold does not run)")
+    assert lines[0].endswith("generated data")
+    assert lines[1].split() == ["method", "score", "vs", "fft", "vs", "lora", "time", "memory", "trained", "routed"]
+    assert re.match(r"  base    0\.103 \[", lines[2])
+    molf = lines[5]
+    assert re.match(r"  molf    0\.821 \[0\.\d{3}, 0\.\d{3}\]  \+0\.051 \[", molf)
+    assert molf.endswith("8.4 s  200 MB  2 M      74 % full")
+    assert "HOLDS: molf keeps up" in text
+    assert text.endswith("\n".join(page.SEEN))
+
+
+def test_one_sided_routing_and_unlike_hardware_are_loud(root: Path) -> None:
+    path = root / "results/tiny/sql/molf/seed-0/train/summary.json"
+    summary = read_json(path)
+    summary["routing"].update(one_sided=True, share={"full": 1.0, "lora_r8": 0.0})
+    write_json(path, {**summary, "warnings": ["one-sided routing: full won everything"]})
+    run = root / "results/tiny/sql/molf/seed-0/train/run.json"
+    write_json(run, {**read_json(run), "hardware": {"name": "other", "threads": 1, "fingerprint": "other"}})
+    compare.run()
+    text = page.terminal_table(read_json(root / "reports/comparison.json"))
+    assert "100 % full  ONE-SIDED" in text
+    assert "WARNING: molf: one-sided routing" in text
+    assert "not comparable" in text
+    assert not (root / "reports/figures/tiny-sql-cost.png").exists()
+
+
+def test_markdown(root: Path) -> None:
+    compare.run()
+    result = read_json(root / "reports/comparison.json")
+    text = page.markdown_table(result)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 * 7
+    assert all(row.count("|") == 9 for row in rows)
+    published = page.published_readme(result)
+    assert "tiny/fact/molf-e/seed-0" in published
+    for name in re.findall(r"\]\((.*?)\)", published):
+        assert (root / "reports" / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "expected"),
+    [
+        (page.seconds, 6.04, "6.0 s"),
+        (page.seconds, 59.6, "60 s"),
+        (page.seconds, 185, "3 min 05 s"),
+        (page.seconds, 7800, "2 h 10 min"),
+        (page.size, 820e6, "820 MB"),
+        (page.size, 2.144e9, "2.14 GB"),
+        (page.count, 850_000, "850 k"),
+        (page.count, 1_720_000, "1.72 M"),
+        (page.count, 12, "12"),
+    ],
+)
+def test_units(function: Any, value: float, expected: str) -> None:
+    assert function(value) == expected
+
+
+def test_colours_stay_with_the_kind_and_never_repeat() -> None:
+    assert figures.colours(METHODS) == figures.KIND_COLOURS
+    many = figures.colours([*METHODS, ("lora-r8", "lora"), ("lora-r64", "lora"), ("dora", "dora")])
+    assert len(set(many.values())) == 7
+
+
+def test_routing_reductions(root: Path) -> None:
+    routing = figures.read_routing(root / "results/tiny/sql/molf/seed-0/train")
+    assert set(routing["step"]) == set(range(2, fake.STEPS + 1))  # the step with rate 0 does not count
+    share = figures.share_so_far(routing)
+    assert list(share.columns) == ["full", "lora_r8"]
+    assert share.loc[2, "full"] == pytest.approx(5 / 6)
+    assert share.sum(axis=1).tolist() == pytest.approx([1.0] * len(share))
+    table = figures.first_expert_share(routing)
+    assert list(table.index) == ["self_attn.q_proj", "mlp.up_proj"]
+    assert list(table.columns) == [0, 1, 2]
+    assert table.loc["mlp.up_proj", 1] == pytest.approx(9 / 11)
+
+
+def test_sentence_names_models_when_there_are_several(root: Path) -> None:
+    compare.run()
+    result = read_json(root / "reports/comparison.json")
+    result["grid"]["models"] = ["tiny", "other"]
+    assert "sql with tiny" in comparison.sentence(result)

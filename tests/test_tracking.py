@@ -1,0 +1,359 @@
+"""MLflow's runs: live and rebuilt alike, nothing twice, and no training lost to an outage."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molf import tracking
+from molf.config import Params
+from molf.errors import RunError, UserError
+from molf.mlflow_store import Store, _history_rows, flatten
+from molf.paths import Cell, read_json, write_json
+from molf.report import comparison, figures, page
+from tests.report import fake
+
+CELL = Cell("tiny", "sql", "molf", 0)
+
+
+@pytest.fixture(autouse=True)
+def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A SQLite store that is set up already: migrations take seconds, copying takes none."""
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Store("another", root)
+    return (root / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def params(tmp_path: Path, fresh: bytes) -> Params:
+    (tmp_path / "mlflow.db").write_bytes(fresh)
+    return fake.write_tree(tmp_path, fake.raw_params(tasks=("sql",)))
+
+
+def record(root: Path, cell: Cell = CELL) -> Any:
+    return read_json(root / cell.results / "train/run.json")
+
+
+def content(root: Path, **tags: str) -> dict[str, Any]:
+    """All that a run shows, but for ids and the time of logging."""
+    store = Store("molf", root)
+    run = store.find(**tags)
+    assert run is not None
+    history = {
+        key: [
+            (p.step, p.value, p.timestamp if p.step else 0)
+            for p in store.client.get_metric_history(run.info.run_id, key)
+        ]
+        for key in run.data.metrics
+    }
+    assert run.inputs is not None
+    return {
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "params": run.data.params,
+        "metrics": history,
+        "tags": {k: v for k, v in run.data.tags.items() if k.startswith("molf.")},
+        "data": [(d.dataset.name, d.dataset.digest, d.dataset.profile) for d in run.inputs.dataset_inputs],
+        "artifacts": {
+            f"{folder}/{Path(file.path).name}"
+            for folder in ("train", "routing", "evaluation")
+            for file in store.client.list_artifacts(run.info.run_id, folder)
+        },
+    }
+
+
+def runs(root: Path) -> list[Any]:
+    store = Store("molf", root)
+    return list(store.client.search_runs([store.experiment_id]))
+
+
+def live(root: Path, rows: int = 7) -> None:
+    with tracking.live_run(record(root), "molf", root) as run:
+        for row in _history_rows(root / CELL.results / "train")[:rows]:
+            run.log([row])
+        run.finish(root / CELL.results)
+    tracking.log_evaluation(root / CELL.results, "molf", root)
+
+
+def test_live_and_rebuilt_runs_are_alike(params: Params, tmp_path: Path, fresh: bytes) -> None:
+    live(tmp_path)
+    key = {"kind": "cell", "cell": CELL.name}
+    first = content(tmp_path, **key)
+    (tmp_path / "mlflow.db").write_bytes(fresh)
+    tracking.track(tmp_path, params)
+    assert content(tmp_path, **key) == first
+    assert first["status"] == "FINISHED"
+    assert first["params"]["method.lora_learning_rate"] == "0.001"
+    assert first["params"]["method.r"] == "[8]"
+    assert first["params"]["training.max_steps"] == "null"
+    assert first["params"]["data_hash"] == "hash-of-sql"
+    assert first["tags"]["molf.git_commit"] == "0" * 40
+    assert first["tags"]["molf.generated_data"] == "true"
+    assert first["data"][0][:2] == ("sql", "hash-of-sql")
+    assert [step for step, *_ in first["metrics"]["loss"]] == list(range(1, fake.STEPS + 1))
+    assert [step for step, *_ in first["metrics"]["routing_share_full"]] == list(range(2, fake.STEPS + 1))
+    assert first["metrics"]["test/primary"][0][1] == pytest.approx(32 / 39)
+    assert {"routing/routing.parquet", "routing/heat_map.png", "train/summary.json"} <= first["artifacts"]
+    assert "evaluation/predictions.parquet" in first["artifacts"]
+
+
+def test_tracking_twice_adds_nothing(params: Params, tmp_path: Path) -> None:
+    counts = tracking.track(tmp_path, params)
+    assert counts == {"cells": 5, "runs": 4, "evaluations": 5, "comparisons": 0}
+    before = [(run.info.run_id, run.data.metrics, run.data.params, run.data.tags) for run in runs(tmp_path)]
+    assert len(before) == 10  # a parent and a child for each of four methods and the untrained model
+    assert tracking.track(tmp_path, params) == {"cells": 5, "runs": 0, "evaluations": 0, "comparisons": 0}
+    assert [(run.info.run_id, run.data.metrics, run.data.params, run.data.tags) for run in runs(tmp_path)] == before
+
+
+def test_seeds_are_children_of_one_parent(tmp_path: Path, fresh: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.db").write_bytes(fresh)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # what the fluent API would obey
+    params = fake.write_tree(tmp_path, fake.raw_params(tasks=("sql",), seeds=(0, 1)))
+    tracking.track(tmp_path, params)
+    found = runs(tmp_path)
+    parents = {run.info.run_name: run.info.run_id for run in found if run.data.tags["molf.kind"] == "method"}
+    assert sorted(parents) == [f"tiny/sql/{name}" for name in ("base", "fft", "lora", "molf", "molf-e")]
+    children = [run for run in found if run.data.tags["molf.kind"] == "cell"]
+    assert len(children) == 9
+    for run in children:
+        name = run.data.tags["molf.cell"].rsplit("/", 1)[0]
+        assert run.data.tags["mlflow.parentRunId"] == parents[name]
+
+
+def test_a_resumed_cell_reopens_its_run_and_a_new_one_does_not(params: Params, tmp_path: Path) -> None:
+    rows = _history_rows(tmp_path / CELL.results / "train")
+    with pytest.raises(ValueError, match="killed"), tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
+        run.log(rows[:8])
+        raise ValueError("killed")
+    first = content(tmp_path, kind="cell", cell=CELL.name)
+    assert first["status"] == "FAILED"
+    assert len(first["metrics"]["loss"]) == 8
+    with tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
+        run.log([{**row, "seconds": row["seconds"] + 100} for row in rows[5:]])  # from the checkpoint at step 5
+        run.finish(tmp_path / CELL.results)
+    again = content(tmp_path, kind="cell", cell=CELL.name)
+    assert again["status"] == "FINISHED"
+    assert [step for step, *_ in again["metrics"]["loss"]] == list(range(1, fake.STEPS + 1))
+    assert len(runs(tmp_path)) == 2
+    other = {**record(tmp_path), "fingerprint": "other"}
+    with tracking.live_run(other, "molf", tmp_path):
+        pass
+    cells = [run for run in runs(tmp_path) if run.data.tags["molf.kind"] == "cell"]
+    assert len({run.data.tags["mlflow.parentRunId"] for run in cells}) == 1
+    assert len(cells) == 2
+
+
+def test_track_completes_what_a_kill_left_half_done(params: Params, tmp_path: Path) -> None:
+    live_run = tracking.LiveRun(record(tmp_path), "molf", tmp_path)
+    live_run.log(_history_rows(tmp_path / CELL.results / "train")[:3])
+    assert tracking.track(tmp_path, params)["runs"] == 4
+    found = content(tmp_path, kind="cell", cell=CELL.name)
+    assert found["status"] == "FINISHED"
+    assert len(found["metrics"]["loss"]) == fake.STEPS
+
+
+def test_a_new_evaluation_is_shown(params: Params, tmp_path: Path) -> None:
+    live(tmp_path)
+    path = tmp_path / CELL.results / "evaluation/metrics.json"
+    write_json(path, {**read_json(path), "fingerprint": "again", "primary": 0.5})
+    tracking.log_evaluation(tmp_path / CELL.results, "molf", tmp_path)
+    run = Store("molf", tmp_path).find(kind="cell", cell=CELL.name)
+    assert run is not None
+    assert run.data.metrics["test/primary"] == 0.5
+    # An evaluation of other weights is not this training's.
+    write_json(path, {**read_json(path), "fingerprint": "stale", "train_fingerprint": "stale", "primary": 0.1})
+    tracking.log_evaluation(tmp_path / CELL.results, "molf", tmp_path)
+    run = Store("molf", tmp_path).find(kind="cell", cell=CELL.name)
+    assert run is not None
+    assert run.data.metrics["test/primary"] == 0.5
+
+
+def test_comparison_links_its_cells(params: Params, tmp_path: Path) -> None:
+    result, reports = comparison.build(params, tmp_path), tmp_path / "reports"
+    drawn = figures.draw(result, tmp_path, reports / "figures")
+    write_json(reports / "comparison.json", result)
+    comparison.flat(result).to_csv(reports / "comparison.csv", index=False)
+    (reports / "report.html").write_text(page.render(result, drawn, reports / "figures", []))
+    tracking.log_comparison(reports, "molf", tmp_path)
+    tracking.log_comparison(reports, "molf", tmp_path)
+    assert tracking.track(tmp_path, params)["comparisons"] == 0
+    found = [run for run in runs(tmp_path) if run.data.tags["molf.kind"] == "comparison"]
+    assert len(found) == 1
+    store = Store("molf", tmp_path)
+    files = {file.path for file in store.client.list_artifacts(found[0].info.run_id)}
+    assert files == {"comparison.json", "comparison.csv", "report.html", "figures"}
+    linked = found[0].data.tags[f"molf.run.{CELL.name}"]
+    assert store.client.get_run(linked).data.tags["molf.cell"] == CELL.name
+    assert found[0].data.metrics["tiny/sql/molf"] == pytest.approx(32 / 39)
+    assert "keeps up" in found[0].data.tags["mlflow.note.content"]
+
+
+def test_six_processes_on_a_fresh_store(tmp_path: Path) -> None:
+    fake.write_tree(tmp_path, fake.raw_params(tasks=("sql",)))
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_log_some, args=(tmp_path, i)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 6
+    found = runs(tmp_path)
+    assert sorted(run.data.tags["molf.kind"] for run in found) == ["cell"] * 6 + ["method"]
+    assert all(len(run.data.metrics) >= 5 for run in found if run.data.tags["molf.kind"] == "cell")
+
+
+def _log_some(root: Path, index: int) -> None:
+    run = {**record(root), "fingerprint": f"worker-{index}"}
+    with tracking.live_run(run, "molf", root) as live:
+        live.log(_history_rows(root / CELL.results / "train"))
+        sys.exit(live.run_id is None)
+
+
+def train_through(root: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """A training with MLflow in trouble: goes through and warns once; returns what was printed."""
+    live(root)
+    return capsys.readouterr().err
+
+
+def test_store_that_is_no_database(params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database" * 1000)
+    printed = train_through(tmp_path, capsys)
+    assert printed.count("warning: MLflow") == 2  # the live run's and the evaluation's
+    assert "`molf track`" in printed
+    with pytest.raises(RunError, match="MLflow"):
+        tracking.track(tmp_path, params)
+    assert tracking.initialise(tmp_path, "molf") is False
+
+
+def test_store_that_breaks_while_training(params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _history_rows(tmp_path / CELL.results / "train")
+    with tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
+        run.log(rows[:2])
+        run._due = 0.0
+        (tmp_path / "mlflow.db").write_text("gone" * 5000)
+        run.log(rows[2:4])
+        run.log(rows[4:6])
+        run.finish(tmp_path / CELL.results)
+    assert capsys.readouterr().err.count("warning: MLflow") == 1
+
+
+def test_artifacts_that_cannot_be_written(params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mlartifacts").write_text("a file where the folder should be")
+    printed = train_through(tmp_path, capsys)
+    assert "warning: MLflow, completing the run" in printed
+    (tmp_path / "mlartifacts").unlink()
+    tracking.track(tmp_path, params)
+    assert content(tmp_path, kind="cell", cell=CELL.name)["status"] == "FINISHED"
+
+
+def test_unreachable_server(
+    params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    began = time.monotonic()
+    printed = train_through(tmp_path, capsys)
+    assert time.monotonic() - began < 20
+    assert printed.count("warning: MLflow") == 2
+    with pytest.raises(UserError, match="open that address"):
+        tracking.server_arguments(tmp_path)
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A server that takes requests and never answers."""
+    done = threading.Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            done.wait(30)
+
+        do_POST = do_GET
+
+    server = HTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    done.set()
+    server.shutdown()
+
+
+def test_silent_server_is_given_up(
+    params: Params,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    silent_server: str,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    began = time.monotonic()
+    with tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
+        run.log(_history_rows(tmp_path / CELL.results / "train"))
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().err.count("warning: MLflow") == 1
+
+
+def test_moved_project_is_told_what_to_do(params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracking.initialise(tmp_path, "molf")
+    elsewhere = tmp_path / "moved"
+    elsewhere.mkdir()
+    (tmp_path / "mlflow.db").rename(elsewhere / "mlflow.db")
+    assert tracking.initialise(elsewhere, "molf") is False
+    assert "remove mlflow.db" in capsys.readouterr().err
+
+
+def test_writing_costs_at_most_one_percent(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tracking.LiveRun(record(tmp_path), "molf", tmp_path)
+    calls = []
+
+    def slow(*_: Any) -> None:
+        calls.append(1)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(run._store, "log_steps", slow)
+    for step in range(1, 2000):
+        run.log([{"step": step, "seconds": 0.1 * step, "loss": 1.0}])
+    assert len(calls) == 1
+    assert run._due - time.monotonic() > 9  # 0.1 s of writing for 10 s of training
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": [1, 2], "f": {}}) == {
+        "a.b": 1,
+        "a.c.d": "null",
+        "e": [1, 2],
+        "f": {},
+    }
+
+
+def test_long_params_fit(params: Params, tmp_path: Path) -> None:
+    run = record(tmp_path)
+    run["config"]["method"]["note"] = "x" * 10_000
+    with tracking.live_run(run, "molf", tmp_path) as live:
+        assert live.run_id is not None
+    found = Store("molf", tmp_path).find(kind="cell")
+    assert found is not None
+    assert len(found.data.params["method.note"]) == 6000
+
+
+def test_import_is_light_and_telemetry_off() -> None:
+    code = "import sys, os, molf.tracking; print('mlflow' in sys.modules, os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == ["False", "true"]
