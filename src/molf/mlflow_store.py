@@ -281,9 +281,12 @@ class Store:
         from molf.report.figures import read_routing, routing_heat_map, save
 
         self._log_files(run_id, "routing", train / "routing.parquet")
+        routing = read_routing(train)
+        if routing.empty:  # no step at a rate above 0
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "heat_map.png"
-            save(routing_heat_map({cell.method: read_routing(train)}, f"{cell.name}: where the updates went"), path)
+            save(routing_heat_map({cell.method: routing}, f"{cell.name}: where the updates went"), path)
             self._log_files(run_id, "routing", path)
 
 

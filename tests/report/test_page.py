@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from molf.paths import read_json, write_json
+from molf.paths import read_json, write_json, write_parquet
 from molf.report import comparison, figures, page
 from molf.stages import compare
 from tests.report import fake
@@ -177,3 +177,12 @@ def test_sentence_names_models_when_there_are_several(root: Path) -> None:
     result = read_json(root / "reports/comparison.json")
     result["grid"]["models"] = ["tiny", "other"]
     assert "sql with tiny" in comparison.sentence(result)
+
+
+def test_routing_of_no_counted_step_is_left_out(root: Path) -> None:
+    for method in ("molf", "molf-e"):
+        path = root / f"results/tiny/sql/{method}/seed-0/train/routing.parquet"
+        write_parquet(path, pd.read_parquet(path).assign(counted=False))
+    compare.run()
+    assert not (root / "reports/figures/tiny-sql-routing.png").exists()
+    assert figures.share_so_far(figures.read_routing(root / "results/tiny/sql/molf/seed-0/train")).empty

@@ -41,6 +41,8 @@ def read_routing(train: Path) -> pd.DataFrame:
 
 def share_so_far(routing: pd.DataFrame) -> pd.DataFrame:
     """Each expert's share of the module-steps it has won up to each step: index step, one column for each expert."""
+    if routing.empty:
+        return pd.DataFrame(index=pd.Index([], name="step"))
     wins = routing.pivot_table(index="step", columns="expert", values="won", aggfunc="sum", observed=False)
     first = routing[routing["expert"] == routing["expert"].cat.categories[0]]
     share = wins.cumsum().div(first.groupby("step").size().cumsum(), axis=0)
@@ -159,7 +161,7 @@ def routing_heat_map(routings: Mapping[str, pd.DataFrame], title: str) -> Figure
         if len(layers) <= 18:
             for (row, column), share in np.ndenumerate(table.to_numpy()):
                 if np.isfinite(share):
-                    shade = "white" if abs(share - 0.5) > 0.36 else INK
+                    shade = "white" if abs(share - 0.5) > 0.3 else INK
                     size = 8 if len(layers) <= 12 else 6.5
                     axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size, color=shade)
         bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.015, aspect=12)
@@ -251,6 +253,7 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
             for m in group["methods"]
             if m["routing_share"]
         }
+        routings = {name: frame for name, frame in routings.items() if len(frame)}  # no step counted: nothing to show
         percent = f"{100 * comparison['confidence']:g} %"
         drawn = {
             "score": (
