@@ -255,7 +255,7 @@ def _execute(request: dict[str, Any]) -> dict[str, Any]:
             finally:
                 source.close()
         _limit_connection(connection)
-        writes: list[int] = []
+        writes: set[str] = set()
         connection.set_authorizer(_authorizer(writes))
         if request["database"] is None:
             try:
@@ -267,9 +267,11 @@ def _execute(request: dict[str, Any]) -> dict[str, Any]:
             raise sqlite3.ProgrammingError("no statement")
         writes.clear()
         with _time_limit(connection, request["seconds"]):
-            rows = _fetch(connection.execute(request["query"]), MAX_ROWS)
+            cursor = connection.execute(request["query"])
+            rows = _fetch(cursor, MAX_ROWS)
         tables = None
-        if writes:
+        # A SELECT that uses json_each seems to write the schema table, where SQLite declares json_each's columns.
+        if writes - {"sqlite_master"} or (writes and cursor.description is None):
             with _time_limit(connection, request["seconds"]):
                 tables = _contents(connection)
         return {"rows": rows, "tables": tables}
@@ -294,8 +296,8 @@ def _limit_connection(connection: sqlite3.Connection) -> None:
         connection.setlimit(limit, value)
 
 
-def _authorizer(writes: list[int]) -> Callable[..., int]:
-    """Allows statements on the database in memory; notes the writing ones in `writes`."""
+def _authorizer(writes: set[str]) -> Callable[..., int]:
+    """Allows statements on the database in memory; notes in `writes` the tables that they write."""
     allowed = {
         sqlite3.SQLITE_SELECT,
         sqlite3.SQLITE_READ,
@@ -307,14 +309,14 @@ def _authorizer(writes: list[int]) -> Callable[..., int]:
     }
     verbs = [f"{verb}_{what}" for verb in ("CREATE", "DROP") for what in ("INDEX", "TABLE", "TRIGGER", "VIEW")]
     allowed |= {getattr(sqlite3, f"SQLITE_{name}") for name in (*verbs, *(n.replace("_", "_TEMP_") for n in verbs))}
-    # Every CREATE and DROP is one of these too, on the schema table; CREATE_TABLE alone can be json_each in a SELECT.
+    # Every CREATE and DROP is one of these too, on the schema table.
     writing = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_ALTER_TABLE}
 
     def authorize(action: int, first: str | None, second: str | None, schema: str | None, source: str | None) -> int:
         if action == sqlite3.SQLITE_FUNCTION:
             return sqlite3.SQLITE_DENY if (second or "").lower() in FORBIDDEN_FUNCTIONS else sqlite3.SQLITE_OK
         if action in writing:
-            writes.append(action)
+            writes.add(first or "")
             return sqlite3.SQLITE_OK
         # Attach, detach, pragmas, virtual tables and whatever a later SQLite brings.
         return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from molf.tasks.columns import as_list, check, prepared, text, texts
+from molf.tasks.columns import as_list, check, is_missing, prepared, text, texts
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -49,7 +49,8 @@ def raw_schema(options: "NoOptions") -> "pa.DataFrameSchema":
 
     def differ(frame: pd.DataFrame) -> pd.Series:
         pairs = zip(frame[NEW], frame[TRUE], strict=True)
-        return pd.Series([str(new).strip() != str(true).strip() for new, true in pairs], index=frame.index, dtype=bool)
+        distinct = [is_missing(new) or is_missing(true) or str(new).strip() != str(true).strip() for new, true in pairs]
+        return pd.Series(distinct, index=frame.index, dtype=bool)
 
     return pa.DataFrameSchema(
         {

@@ -1,0 +1,67 @@
+"""A stand-in for the language model, real files, and what a schema rejects."""
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pandera.errors
+import pandera.pandas as pa
+import pytest
+
+from molf.config import Evaluation
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+EVALUATION = Evaluation(batch_size=8, max_new_tokens={"sql": 64, "med": 4, "fact": 8})
+
+
+class StandIn:
+    """Answers as told.
+
+    Args:
+        says: Prompt -> greedy text.
+        logprobs: (prompt, completion) -> log-probability of each of the completion's tokens.
+    """
+
+    def __init__(self, says: Callable[[str], str], logprobs: Callable[[str, str], list[float]] | None = None) -> None:
+        self.says, self.logprobs = says, logprobs
+        self.calls: list[str] = []
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        self.calls.append(f"generate {max_new_tokens}")
+        return [self.says(prompt) for prompt in prompts]
+
+    def completion_logprobs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
+        self.calls.append("completion_logprobs")
+        assert self.logprobs is not None
+        return [np.array(self.logprobs(*pair)) for pair in zip(prompts, completions, strict=True)]
+
+    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> np.ndarray:
+        self.calls.append("choice_logprobs")
+        assert self.logprobs is not None
+        return np.array([[self.logprobs(prompt, choice)[0] for choice in choices] for prompt in prompts])
+
+
+def real(name: str) -> pd.DataFrame:
+    """Rows of a real file; the test is skipped where there is none."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"the real file {name} is not here")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return pd.DataFrame([json.loads(line) for line in lines])
+
+
+def rejected(schema: pa.DataFrameSchema, frame: pd.DataFrame) -> set[tuple[str, int]]:
+    """What a schema finds: (check, row)."""
+    try:
+        schema.validate(frame, lazy=True)
+    except pandera.errors.SchemaErrors as errors:
+        cases = errors.failure_cases
+        return {(check, int(row)) for check, row in zip(cases["check"], cases["index"], strict=True)}
+    return set()
+
+
+def with_ids(examples: pd.DataFrame) -> pd.DataFrame:
+    return examples.assign(example_id=[f"row-{i}" for i in range(len(examples))])
