@@ -381,7 +381,8 @@ def _refuse_many(
     if bad <= block.max_rejected * rows and any(map(len, pools.values())):
         return
     lines = [
-        f"tasks.{name}: {bad} of {rows} rows are rejected ({bad / rows:.1%}; max_rejected allows {block.max_rejected:.1%})"
+        f"tasks.{name}: {bad} of {rows} rows are rejected ({bad / rows:.1%}), "
+        f"max_rejected allows {block.max_rejected:.1%}:"
     ]
     for (split, column, check), group in failures.groupby(["split", "column", "check"], sort=False):
         first = group.iloc[0]

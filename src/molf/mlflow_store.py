@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -318,8 +319,9 @@ def _tags(kind: str, cell: Cell) -> dict[str, str]:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among an evaluation's metrics."""
-    return {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+    """The finite numbers among an evaluation's metrics, under names that MLflow allows (a subject may hold "&")."""
+    finite = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {re.sub(r"[^\w\-. /]", "_", key): value for key, value in finite.items()}
 
 
 def _read(path: Path) -> Any:

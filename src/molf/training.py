@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from molf.routing import RoutingError, RoutingRecorder
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PrinterCallback,
@@ -33,6 +32,7 @@ from molf.encoding import IGNORED, encode_completion, encode_prompt, left_pad
 from molf.errors import RunError, UserError
 from molf.methods import METHODS
 from molf.models import folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
+from molf.routing import RoutingError, RoutingRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
-from molf.optim import MoLFAdamW, molf_param_groups
 from transformers import PreTrainedModel
 
 from molf.config import MolfMethod
 from molf.models import load_model
+from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
+from molf.optim import MoLFAdamW, molf_param_groups
 
 
 def prepare(model: PreTrainedModel, block: MolfMethod) -> PreTrainedModel:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from molf.nn import MoLFConfig, apply_molf, save_peft_adapter
-from molf.optim import MoLFAdamW, molf_param_groups
 from transformers import PreTrainedModel
 
 from molf.config import MolfEfficientMethod
 from molf.methods import lora
+from molf.nn import MoLFConfig, apply_molf, save_peft_adapter
+from molf.optim import MoLFAdamW, molf_param_groups
 
 
 def prepare(model: PreTrainedModel, block: MolfEfficientMethod) -> PreTrainedModel:

@@ -23,7 +23,8 @@ def names() -> list[str]:
 
 def descriptions() -> dict[str, str]:
     """The first comment line of each preset's file."""
-    return {name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name in names()}
+    texts = {name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8") for name in names()}
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in texts.items()}
 
 
 def differences(name: str) -> dict[str, Any]:
@@ -107,6 +108,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     lines = []
     for key in [*before, *(key for key in now if key not in before)]:
         if key not in now:
+            if before[key] == {}:
+                continue  # it holds something now, and each of that has its own line
             lines.append(f"  {key}: {before[key]} -> (removed)")
         elif key not in before:
             lines.append(f"  {key}: (new) {now[key]}")
