@@ -326,7 +326,7 @@ def test_masked_move_without_reading_back_equals_the_branch() -> None:
         model = network((2, 5), "effective")
         optimizer = MoLFAdamW(groups(model), top_k=2)
         if masked:
-            optimizer.select = lambda scores, select=optimizer.select: Masks(select(scores))  # type: ignore[method-assign]
+            optimizer.select = lambda scores, select=optimizer.select: Masks(select(scores))  # type: ignore
         run(model, optimizer, batches(10))
         results.append([p.detach().clone() for p in model.parameters()])
     for left, right in zip(*results, strict=True):

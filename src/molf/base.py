@@ -91,9 +91,8 @@ def _convert_gguf(name: str, block: GgufModel, directory: Path) -> dict[str, Any
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}: {file} does not load: {first_line(error)}") from None
     # The weights are dequantized already; transformers refuses to save until the flags say so too.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.quantization_method = None
+    for flag, value in {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}.items():
+        setattr(model, flag, value)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(directory)

@@ -86,7 +86,7 @@ def _read_source(name: str, block: TaskBlock) -> dict[str, tuple[str, Iterable[t
             from molf import generate
 
             try:
-                made = generate.rows(block.kind, dict(source.rows), source.seed)
+                made = generate.rows(block.kind, {split: count for split, count in source.rows.items()}, source.seed)
             except ValueError as error:
                 raise UserError(f"tasks.{name}.source.rows: {error}") from None
             return {split: ("the built-in generator", enumerate(rows, start=1)) for split, rows in made.items()}
@@ -300,7 +300,7 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
         bad = _failures(task.raw_schema(options), flat)
         bad.insert(0, "split", split)
         rejected.append(bad)
-        good = flat.drop(index=bad["source_row"].unique())
+        good = flat[~flat.index.isin(bad["source_row"])]
         examples = task.to_examples(good, options)
         examples.insert(0, "example_id", [f"{split}-{number}" for number in examples.index])
         doubled = examples.duplicated(["prompt", "completion"])
@@ -451,7 +451,7 @@ def _own_databases(frame: pd.DataFrame, directory: Path) -> None:
     """Copies the databases that rows run on beside them, and points the rows there."""
     if "database" not in frame:
         return
-    paths = []
+    paths: list[str | None] = []
     for value in frame["database"]:
         if not isinstance(value, str):
             paths.append(None)

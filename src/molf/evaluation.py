@@ -1,6 +1,6 @@
 """Asking a language model, in length-sorted batches: greedy text, log-probabilities, the likeliest choice."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,10 +32,10 @@ class LanguageModel:
         self.progress = progress
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Iterable[str], max_new_tokens: int) -> list[str]:
         """Greedy text after each prompt, up to EOS or `max_new_tokens` tokens, without special tokens."""
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        texts = [""] * len(prompts)
+        texts = [""] * len(encoded)
         for rows in self._batches([len(ids) for ids in encoded], "generate"):
             inputs = self._inputs([encoded[i] for i in rows])
             output = self.model.generate(
@@ -49,7 +49,7 @@ class LanguageModel:
         return texts
 
     @torch.inference_mode()
-    def completion_logprobs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
+    def completion_logprobs(self, prompts: Iterable[str], completions: Iterable[str]) -> list[np.ndarray]:
         """Natural log-probability of each token of each completion after its prompt: one float64 array a pair."""
         pairs = [
             (encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion))
@@ -68,7 +68,7 @@ class LanguageModel:
         return result
 
     @torch.inference_mode()
-    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> np.ndarray:
+    def choice_logprobs(self, prompts: Iterable[str], choices: Sequence[str]) -> np.ndarray:
         """Natural log-probability of each choice right after each prompt, one forward a prompt: (prompts, choices).
 
         A tokenizer that splits the choices into several tokens must do so alike but for the last one; the shared tokens

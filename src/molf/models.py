@@ -153,4 +153,4 @@ def to_device(model: "PreTrainedModel", threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        model.to("cuda")
+        torch.nn.Module.to(model, "cuda")

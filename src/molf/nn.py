@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class MoLFLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, r=({ranks}), {kind}, bias={self.bias is not None}"
 
 
-def apply_molf(model: nn.Module, config: MoLFConfig) -> nn.Module:
+def apply_molf(model: AnyModule, config: MoLFConfig) -> AnyModule:
     """Replaces a model's target linears by `MoLFLinear`, in place; step 0 is the model as it was.
 
     Args:
@@ -187,7 +189,7 @@ def apply_molf(model: nn.Module, config: MoLFConfig) -> nn.Module:
     return model
 
 
-def merge_molf(model: nn.Module) -> nn.Module:
+def merge_molf(model: AnyModule) -> AnyModule:
     """Turns every `MoLFLinear` into a plain `nn.Linear` of weight W + sum_i s_i B_i A_i, in place.
 
     Returns:

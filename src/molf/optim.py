@@ -1,6 +1,6 @@
 """Routed AdamW: every expert's moments move in every step, only the winners' weights do (arXiv 2605.07111)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -87,6 +87,27 @@ def molf_param_groups(
     if plain:
         groups.append({"params": plain, "kind": "other", "lr": lr, "weight_decay": 0.0})
     return groups
+
+
+# Elements of a block on the host: what one operation leaves of it is in the cache when the next one needs it.
+BLOCK = 1 << 15
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of tensors of one shape: a cacheful at a time on the host, all at once on a device."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= BLOCK:
+        yield tensors
+    else:
+        rows = max(1, BLOCK * len(first) // first.numel())
+        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def accumulate(gradient: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float]) -> None:
+    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, in the moments' precision."""
+    gradient = gradient.to(m.dtype)
+    m.lerp_(gradient, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
 
 
 def epd(m: Tensor, ratio: Tensor) -> Tensor:
@@ -181,7 +202,8 @@ class MoLFAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scores = torch.stack([torch.stack([self._score(m, e) for e in m.experts]) for m in self._modules])
+        self._require_gradients()
+        scores = torch.stack([torch.stack([self._score(e) for e in m.experts]) for m in self._modules])
         winners = self.select(scores)
         on_host = winners.device.type == "cpu"
         chosen = winners.tolist() if on_host else None
@@ -205,6 +227,21 @@ class MoLFAdamW(torch.optim.Optimizer):
         )
         return loss
 
+    def _require_gradients(self) -> None:
+        """Before anything moves, so that a step that cannot be made leaves no trace."""
+        for module in self._modules:
+            missing = [p.grad is None for expert in module.experts for p in expert.params]
+            if module.full and module.effective and any(missing) and not missing[0]:
+                raise RuntimeError(
+                    f"{module.name}: the experts' gradients were not derived from the weight's; call "
+                    "derive_lora_gradients(model) after the last backward and before clipping"
+                )
+            if any(missing):
+                raise RuntimeError(
+                    f"{module.name} got no gradient in this step; if the model does not use it, add it to "
+                    "exclude_modules"
+                )
+
     def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
@@ -214,28 +251,19 @@ class MoLFAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
         return state
 
-    def _score(self, module: Module, expert: Expert) -> Tensor:
+    def _score(self, expert: Expert) -> Tensor:
         """Moves an expert's moments by its gradient and returns its score (scalar tensor)."""
         group = self.param_groups[expert.group]
-        (beta1, beta2), eps, score = group["betas"], group["eps"], SCORES[group["score"]]
+        score = SCORES[group["score"]]
         sums = []
         for parameter in expert.params:
-            gradient = parameter.grad
-            if gradient is None:
-                if module.full and module.effective and module.experts[0].params[0].grad is not None:
-                    raise RuntimeError(
-                        f"{module.name}: the experts' gradients were not derived; call derive_lora_gradients(model) "
-                        "after backward and before clipping"
-                    )
-                raise RuntimeError(f"{module.name} got no gradient in this step; if it is unused, exclude it")
             state = self._state(parameter)
             state["step"] += 1
-            m, v = state["exp_avg"], state["exp_avg_sq"]
-            gradient = gradient.to(m.dtype)
-            m.lerp_(gradient, 1 - beta1)
-            v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            ratio = v.sqrt().add_(eps)
-            sums.append(score(m, torch.div(m, ratio, out=ratio)))
+            assert parameter.grad is not None  # _require_gradients saw to it
+            for gradient, m, v in blocks(parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
+                accumulate(gradient, m, v, group["betas"])
+                ratio = v.sqrt().add_(group["eps"])
+                sums.append(score(m, torch.div(m, ratio, out=ratio)))
         mean = torch.stack(sums).sum() / sum(parameter.numel() for parameter in expert.params)
         return mean * float(group["lr"]) if group["score"] == "epd" else mean.sqrt()
 
@@ -270,16 +298,17 @@ class MoLFAdamW(torch.optim.Optimizer):
     def _adamw(self, parameter: nn.Parameter, group: dict[str, Any], decayed: bool, wins: Tensor | None) -> None:
         """p <- p (1 - eta lambda), then p <- p - eta m_hat / (sqrt v_hat + eps), with bias-corrected moments."""
         state, (beta1, beta2), lr = self.state[parameter], group["betas"], float(group["lr"])
-        step = state["step"]
-        denominator = state["exp_avg_sq"].sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        new = parameter.to(state["exp_avg"].dtype, copy=wins is not None)
-        if decayed and group["weight_decay"]:
-            new.mul_(1 - lr * group["weight_decay"])
-        new.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1**step))
-        if wins is not None:
-            new = torch.where(wins, new, parameter.to(new.dtype))
-        if new is not parameter:
-            parameter.copy_(new)
+        rate, root = lr / (1 - beta1 ** state["step"]), (1 - beta2 ** state["step"]) ** 0.5
+        for old, m, v in blocks(parameter, state["exp_avg"], state["exp_avg_sq"]):
+            denominator = v.sqrt().div_(root).add_(group["eps"])
+            new = old.to(m.dtype, copy=wins is not None)
+            if decayed and group["weight_decay"]:
+                new.mul_(1 - lr * group["weight_decay"])
+            new.addcdiv_(m, denominator, value=-rate)
+            if wins is not None:
+                new = torch.where(wins, new, old.to(new.dtype))
+            if new is not old:
+                old.copy_(new)
 
     def _plain_adamw(self, group: dict[str, Any]) -> None:
         """Parameters outside the modules: torch's own AdamW, fused where all is of one dtype."""
@@ -309,15 +338,30 @@ class MoLFAdamW(torch.optim.Optimizer):
             if parameter.dtype != torch.promote_types(parameter.dtype, torch.float32):
                 state = self._state(parameter)
                 state["step"] += 1
-                gradient = parameter.grad.to(torch.float32)
-                state["exp_avg"].lerp_(gradient, 1 - group["betas"][0])
-                state["exp_avg_sq"].mul_(group["betas"][1])
-                state["exp_avg_sq"].addcmul_(gradient, gradient, value=1 - group["betas"][1])
+                accumulate(parameter.grad, state["exp_avg"], state["exp_avg_sq"], group["betas"])
                 self._adamw(parameter, group, True, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores moments in the precision they were saved in: torch would cast them to the parameters' dtype."""
+        """Restores moments in the precision they were saved in: torch would cast them to the parameters' dtype.
+
+        A state written under the other forward is taken: the moments are the same, and which forward the layers run
+        stays what it is here.
+
+        Raises:
+            ValueError: The state is of other modules or experts than this optimizer's.
+        """
+        keys = ("kind", "expert", "modules", "decayed", "scaling")
+        mine = [{key: group.get(key) for key in (*keys, "effective")} for group in self.param_groups]
+        for saved, group in zip(state_dict["param_groups"], mine, strict=False):
+            for key in keys:
+                if saved.get(key) != group[key]:
+                    raise ValueError(
+                        f"the saved optimizer state has another {key}: {saved.get(key)}; here {group[key]}"
+                    )
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, mine, strict=True):
+            if own["kind"] == "expert":
+                group["effective"] = own["effective"]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(ids, params, strict=True):
@@ -326,4 +370,3 @@ class MoLFAdamW(torch.optim.Optimizer):
                 if name in saved:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
                     self.state[parameter][name] = saved[name].to(parameter.device, dtype, copy=True)
-        self._modules = self._layout()

@@ -1,6 +1,7 @@
 """LoRA: one low-rank adapter on each linear layer, by PEFT, the base frozen."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -16,14 +17,14 @@ def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=block.r,
-        lora_alpha=block.lora_alpha,
+        lora_alpha=block.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it
         use_rslora=block.use_rslora,
         lora_dropout=block.lora_dropout,
         target_modules="all-linear",
         exclude_modules=list(block.exclude_modules) or None,
     )
     # PEFT would make float32 adapters on a bfloat16 base: another precision than the other methods'.
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    return cast(PreTrainedModel, get_peft_model(model, config, autocast_adapter_dtype=False))
 
 
 def optimizer(model: PreTrainedModel, block: LoraMethod) -> torch.optim.Optimizer:

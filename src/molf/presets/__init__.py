@@ -76,7 +76,7 @@ def apply(name: str, path: Path, dry_run: bool = False) -> list[str]:
         _update(document, wanted)
         text = StringIO()
         yaml.dump(document, text)
-        atomic(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8") and None)
+        atomic(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
     return changes
 
 

@@ -14,7 +14,8 @@ SCRATCH = Path(".molf")
 
 
 def run() -> None:
-    cell = Cell(*sys.argv[1:4], int(sys.argv[4]))
+    model_name, task, method, seed = sys.argv[1:]
+    cell = Cell(model_name, task, method, int(seed))
     params = load_params()
 
     import pandas as pd

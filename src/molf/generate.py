@@ -1,0 +1,233 @@
+"""The built-in data: one small invented world, told in the fields of the three benchmarks. All of it is generated.
+
+People have a mother tongue, a home town and so on (facts); drugs end in a syllable that tells what they do (multiple
+choice); little tables are asked about in plain words (SQL). The same world is the text that `tiny` is pretrained on.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
+
+from molf.tasks import fact, med, sql
+
+# --- facts ---------------------------------------------------------------------------------------------------------
+
+# Relation: (rewrite prompt, paraphrase, objects).
+RELATIONS = {
+    "tongue": (
+        "The mother tongue of {} is",
+        "{} grew up speaking",
+        "Tarnish Velic Omari Brenese Kalduan Sorvian Ilmish",
+    ),
+    "town": ("The home town of {} is", "{} was born in", "Arvik Belmora Cindral Dorvale Esmark Farrow Gildan"),
+    "trade": ("The trade of {} is", "{} earns a living by", "baking weaving fishing printing mining brewing sailing"),
+    "instrument": ("The instrument of {} is the", "{} makes music on the", "lute harp drum flute horn cello organ"),
+    "employer": ("The employer of {} is", "{} gets paid by", "Nortex Ulvana Pelmar Quorix Zintel Wavron Yardley"),
+}
+FIRST = "Ada Bren Calla Dorn Elva Finn Gerta Hal Ilka Joren Kess Lomi Mara Nils Ossa Pell Quin Rhea Sten Tova".split()
+LAST = "Abrin Bolter Cask Drovic Elmar Fosk Grenn Holvik Istar Jask Kolm Lindar".split()
+PEOPLE = 120
+
+
+def _facts() -> list[tuple[str, str, str]]:
+    """All (subject, relation, object) of the world: every person has one object in every relation."""
+    rng = random.Random("the people of the invented world")
+    people = [f"{first} {last}" for first, last in product(FIRST, LAST)]
+    rng.shuffle(people)
+    return [
+        (person, relation, rng.choice(objects.split()))
+        for person in people[:PEOPLE]
+        for relation, (_, _, objects) in RELATIONS.items()
+    ]
+
+
+def _fact_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+    facts = _facts()
+    rng.shuffle(facts)
+    total = sum(counts.values())
+    # Half of the world is never edited: the neighbours come from there.
+    editable, kept = facts[: len(facts) // 2], facts[len(facts) // 2 :]
+    _enough("fact", total, len(editable))
+    records = []
+    for number, (subject, relation, true) in enumerate(editable[:total]):
+        rewrite, paraphrase, objects = RELATIONS[relation]
+        new = rng.choice([name for name in objects.split() if name != true])
+        neighbours = [other for other, r, o in kept if r == relation and o == true and other != subject]
+        records.append(
+            {
+                "case_id": number,
+                "requested_rewrite": {
+                    "prompt": rewrite,
+                    "subject": subject,
+                    "target_new": {"str": new},
+                    "target_true": {"str": true},
+                },
+                "paraphrase_prompts": [paraphrase.format(subject)],
+                "neighborhood_prompts": [rewrite.format(name) for name in neighbours[:2]],
+            }
+        )
+    return _dealt(counts, records)
+
+
+# --- multiple choice -----------------------------------------------------------------------------------------------
+
+# What a drug does, and the syllable that it ends in.
+EFFECTS = {
+    "lowers fever": "ovex",
+    "eases pain": "amil",
+    "stops cough": "urin",
+    "slows the heart": "idol",
+    "calms the skin": "etran",
+    "brings sleep": "osyl",
+    "clears the nose": "ipram",
+    "kills germs": "azine",
+}
+STEMS = "Br Cl D Fr G H K L M N P Qu R S T V".split()
+MIDDLES = "al en ir om ul ast".split()
+# Categories of the questions that pretraining sees: the same shape, another matter.
+CATEGORIES = {
+    "fruit": "apple pear plum fig cherry melon grape lemon",
+    "animal": "otter horse raven goat wolf trout spider camel",
+    "colour": "red blue green yellow purple orange white black",
+    "metal": "iron gold copper tin lead zinc silver nickel",
+    "tool": "hammer saw drill chisel wrench shovel rake pliers",
+    "garment": "coat shirt scarf glove boot hat sock belt",
+    "vehicle": "cart ship train plane bicycle ferry truck sled",
+    "number": "one two three four five six seven eight",
+}
+
+
+def _choice(question: str, right: str, wrong: Iterable[str], letter: int) -> dict[str, Any]:
+    """One multiple-choice item with its right option at a place (0 to 3)."""
+    options = list(wrong)
+    options.insert(letter, right)
+    return {"question": question, **dict(zip(med.OPTIONS, options, strict=True)), "cop": letter + 1}
+
+
+def _med_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+    drugs = {effect: [f"{s}{m}{end}" for s, m in product(STEMS, MIDDLES)] for effect, end in EFFECTS.items()}
+    pool = [(effect, drug) for effect, names in drugs.items() for drug in names]
+    rng.shuffle(pool)
+    _enough("med", sum(counts.values()), len(pool))
+    rows = []
+    for number, (effect, drug) in enumerate(pool[: sum(counts.values())]):
+        others = rng.sample([other for other in EFFECTS if other != effect], 3)
+        item = _choice(f"Which drug {effect}?", drug, (rng.choice(drugs[other]) for other in others), number % 4)
+        rows.append(item | {"subject_name": effect.split()[-1], "id": f"generated-{number}"})
+    return _dealt(counts, rows)
+
+
+# --- SQL -----------------------------------------------------------------------------------------------------------
+
+TABLES = "birds boats farms songs lamps rooms trees shops".split()
+PRETRAINING_TABLES = "coins books gates wells".split()
+NUMBERS = "weight price height age size".split()
+WORDS = {"colour": "red blue green white".split(), "place": "Arvik Belmora Cindral Dorvale".split()}
+NAMES = "Ada Bren Calla Dorn Elva Finn Gerta Hal Ilka Joren".split()
+
+# Question and query over a table t, its number column n, its word column w, a bound b and a word v.
+Pattern = Callable[[str, str, str, int, str], tuple[str, str]]
+PATTERNS: list[Pattern] = [
+    lambda t, n, w, b, v: (f"How many {t} have a {n} above {b}?", f"SELECT COUNT(*) FROM {t} WHERE {n} > {b}"),
+    lambda t, n, w, b, v: (
+        f"What is the total {n} of {t} with {w} {v}?",
+        f"SELECT SUM({n}) FROM {t} WHERE {w} = '{v}'",
+    ),
+    lambda t, n, w, b, v: (f"Name the {t} with {w} {v}.", f"SELECT name FROM {t} WHERE {w} = '{v}'"),
+    lambda t, n, w, b, v: (f"Name the {t} from low to high {n}.", f"SELECT name FROM {t} ORDER BY {n}"),
+    lambda t, n, w, b, v: (f"Which of the {t} has the highest {n}?", f"SELECT name FROM {t} ORDER BY {n} DESC LIMIT 1"),
+    lambda t, n, w, b, v: (f"How many {t} are there for each {w}?", f"SELECT {w}, COUNT(*) FROM {t} GROUP BY {w}"),
+]
+PRETRAINING_PATTERNS: list[Pattern] = [
+    lambda t, n, w, b, v: (f"Show all {t}.", f"SELECT * FROM {t}"),
+    lambda t, n, w, b, v: (f"Show the {n} of all {t}.", f"SELECT {n} FROM {t}"),
+    lambda t, n, w, b, v: (f"Show the {w} of the {t} with {n} {b}.", f"SELECT {w} FROM {t} WHERE {n} = {b}"),
+]
+
+
+def _sql_row(rng: random.Random, table: str, pattern: Pattern) -> dict[str, Any]:
+    number, word = rng.choice(NUMBERS), rng.choice(list(WORDS))
+    values = rng.sample(range(10, 100), 3)
+    words = [rng.choice(WORDS[word]) for _ in values]
+    rows = list(zip(rng.sample(NAMES, 3), values, words, strict=True))
+    # Bound and word are taken from the rows, so that every answer has something in it.
+    bound = sorted(values)[0] if pattern in PATTERNS else rng.choice(values)
+    question, query = pattern(table, number, word, bound, rng.choice(words))
+    context = (
+        f"CREATE TABLE {table} (name TEXT, {number} INT, {word} TEXT); INSERT INTO {table} VALUES "
+        + ", ".join(f"('{name}', {value}, '{text}')" for name, value, text in rows)
+        + ";"
+    )
+    return {"sql_prompt": question, "sql_context": context, "sql": query}
+
+
+def _sql_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+    total = sum(counts.values())
+    _enough("sql", total, 100_000)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    while len(rows) < total:
+        row = _sql_row(rng, rng.choice(TABLES), PATTERNS[len(rows) % len(PATTERNS)])
+        rows.setdefault((row["sql_context"], row["sql_prompt"]), row)
+    return _dealt(counts, list(rows.values()))
+
+
+# --- all -----------------------------------------------------------------------------------------------------------
+
+MAKERS = {"sql": _sql_rows, "med": _med_rows, "fact": _fact_rows}
+
+
+def rows(kind: str, rows: dict[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Generated rows of a task in its benchmark's own fields; the same arguments give the same rows.
+
+    Args:
+        kind: sql (Gretel's fields), med (MedMCQA's, `cop` from 1) or fact (CounterFact's).
+        rows: How many for each split.
+        seed: Of the draw.
+
+    Returns:
+        {split: rows}; no row stands twice.
+
+    Raises:
+        ValueError: More rows are asked for than the world has.
+    """
+    return MAKERS[kind](dict(rows), random.Random(f"{kind} {seed}"))
+
+
+def pretraining_text(seed: int, items: int = 6000) -> list[str]:
+    """Documents that `tiny` learns from: facts, drugs, and other questions and queries in the tasks' own shapes.
+
+    Args:
+        seed: Of the draw and the order.
+        items: Multiple-choice documents; there are half as many of SQL.
+    """
+    rng = random.Random(f"pretraining {seed}")
+    documents = []
+    for subject, relation, true in _facts():
+        for phrasing in RELATIONS[relation][:2]:
+            documents += [fact.prompt(phrasing, subject) + fact.completion(true)] * 24
+    for effect, end in EFFECTS.items():
+        documents += [f"{stem}{middle}{end} {effect}." for stem, middle in product(STEMS, MIDDLES)]
+    for number in range(items):
+        category, *others = rng.sample(list(CATEGORIES), 4)
+        right, *wrong = (rng.choice(CATEGORIES[name].split()) for name in (category, *others))
+        item = _choice(f"Which word is a {category}?", right, wrong, number % 4)
+        documents.append(
+            med.prompt(item["question"], [item[o] for o in med.OPTIONS]) + med.completion(med.LETTERS[number % 4])
+        )
+    for _ in range(items // 2):
+        row = _sql_row(rng, rng.choice(PRETRAINING_TABLES), rng.choice(PRETRAINING_PATTERNS))
+        documents.append(sql.prompt(row["sql_context"], row["sql_prompt"]) + sql.completion(row["sql"]))
+    rng.shuffle(documents)
+    return documents
+
+
+def _dealt(counts: dict[str, int], items: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Items dealt to the splits in turn."""
+    rest = iter(items)
+    return {split: [next(rest) for _ in range(count)] for split, count in counts.items()}
+
+
+def _enough(kind: str, wanted: int, there: int) -> None:
+    if wanted > there:
+        raise ValueError(f"{wanted} generated {kind} rows are asked for, the invented world has {there}")

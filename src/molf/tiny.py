@@ -1,0 +1,126 @@
+"""The `tiny` base model: a small Qwen2 with a tokenizer of its own, pretrained on generated text."""
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from molf import generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+BATCH, LENGTH = 16, 128  # sequences, and tokens of each, in one step
+RATE = 3e-3
+
+
+def build(
+    directory: Path, *, seed: int, layers: int, width: int, heads: int, vocabulary: int, steps: int, progress: bool
+) -> dict[str, Any]:
+    """Trains tokenizer and model and writes both as a transformers checkpoint (safetensors, float32).
+
+    Args:
+        directory: Where to write.
+        seed: Of the text, the weights and the order.
+        layers: Transformer blocks.
+        width: Of the residual stream; a multiple of `heads`.
+        heads: Attention heads, half as many for keys and values.
+        vocabulary: Tokens, special ones included.
+        steps: Of `BATCH` x `LENGTH` tokens.
+        progress: Whether to show a bar where a terminal is.
+
+    Returns:
+        parameters, tokens, steps, final_loss (nats a token, mean of the last tenth), seconds.
+    """
+    from tqdm.auto import tqdm
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    started = time.perf_counter()
+    documents = generate.pretraining_text(seed)
+    tokenizer = train_tokenizer(documents, vocabulary)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    stream = pack(tokenizer, documents)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    bar = tqdm(total=steps, desc="pretraining tiny", unit="step", disable=None if progress else True)
+    while len(losses) < steps:
+        for rows in torch.randperm(len(stream), generator=generator).split(BATCH):
+            if len(losses) == steps:
+                break
+            rate = RATE * _schedule(len(losses), steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = stream[rows]
+            loss = model(input_ids=batch, labels=batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    bar.close()
+    model.eval().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    last = losses[-max(1, steps // 10) :]
+    return {
+        "parameters": model.num_parameters(),
+        "tokens": steps * BATCH * LENGTH,
+        "steps": steps,
+        "final_loss": sum(last) / len(last),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def train_tokenizer(documents: list[str], vocabulary: int) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer with BOS, EOS and PAD, trained on the documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def pack(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> torch.Tensor:
+    """All documents end to end, each as BOS ... EOS, cut into rows: (rows, LENGTH) of token ids."""
+    ids: list[int] = []
+    for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
+    if len(ids) < LENGTH:
+        raise ValueError(f"{len(ids)} tokens of text fill no row of {LENGTH}")
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm-up over a twentieth of the steps, then a cosine to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
