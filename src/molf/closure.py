@@ -7,9 +7,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 
-# What no result depends on: views of results, messages, and the reading of params.yaml, whose values DVC watches
-# itself. A change here re-runs nothing.
-VIEWS = frozenset({"molf", "molf.errors", "molf.config", "molf.tracking", "molf.closure"})
+# What no result depends on: views of results, messages, notes on the machine, where files lie (dvc.yaml says so too)
+# and the reading of params.yaml, whose values DVC watches itself. A change here re-runs nothing.
+VIEWS = frozenset({"molf", "molf.errors", "molf.config", "molf.paths", "molf.machine", "molf.tracking", "molf.closure"})
 
 
 def closure(module: str, package: Path = PACKAGE) -> set[str]:
@@ -44,8 +44,12 @@ def module_path(name: str, package: Path = PACKAGE) -> Path:
 
 @cache
 def _imports(name: str, package: Path) -> frozenset[str]:
+    tree = ast.parse(module_path(name, package).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []  # imports for the type checker run nothing
     found: set[str] = set()
-    for node in ast.walk(ast.parse(module_path(name, package).read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             candidates = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -120,13 +120,6 @@ def folder_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def keeps_weights(keep: str, kind: str) -> bool:
-    """Whether `training.keep` lets a cell's weights stay after their evaluation."""
-    from molf.methods import ADAPTERS
-
-    return keep == "all" or (keep == "adapter-only" and kind in ADAPTERS)
-
-
 def find_weights(directory: Path) -> tuple[Path, Path | None]:
     """Where a cell's weights lie: (their folder, the folder to delete after the evaluation or None).
 

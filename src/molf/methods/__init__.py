@@ -16,3 +16,8 @@ METHODS: dict[str, ModuleType] = {"fft": fft, "lora": lora, "molf": molf, "molf-
 
 # Kinds whose weights are a small file beside the base model (`training.keep: adapter-only`).
 ADAPTERS = frozenset({"lora", "molf-e"})
+
+
+def keeps_weights(keep: str, kind: str) -> bool:
+    """Whether `training.keep` lets a cell's weights stay after their evaluation."""
+    return keep == "all" or (keep == "adapter-only" and kind in ADAPTERS)

@@ -11,7 +11,7 @@ def run() -> None:
     name = sys.argv[1]
     params = load_params()
 
-    from molf.data import fetch
+    from molf.raw import fetch
 
     info = fetch(name, params.tasks[name], RAW / name)
     for split, file in info["files"].items():

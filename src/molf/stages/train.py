@@ -20,7 +20,7 @@ def run() -> None:
 
     import pandas as pd
 
-    from molf import closure, machine, models, tracking, training
+    from molf import closure, machine, methods, models, tracking, training
 
     models.quiet()
     base = MODELS / cell.model
@@ -45,7 +45,7 @@ def run() -> None:
     for directory in (results, weights):
         shutil.rmtree(directory, ignore_errors=True)
     budget = params.training_for(cell.task)
-    kept = models.keeps_weights(budget.keep, params.methods[cell.method].kind)
+    kept = methods.keeps_weights(budget.keep, params.methods[cell.method].kind)
     target = weights if kept else SCRATCH / weights
     shutil.rmtree(target, ignore_errors=True)
     with tracking.live_run(record, params.tracking.experiment) as live:

@@ -1,0 +1,127 @@
+"""A project of its own for tests that run the real stages, and the real files where they are."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT / "../shared/data"
+QUIET = {
+    "DVC_NO_ANALYTICS": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+# A grid of two cells that takes a minute: what it learns does not matter.
+SMALL: dict[str, Any] = {
+    "grid": {"models": ["tiny"], "tasks": ["fact"], "methods": ["fft", "lora"], "seeds": [0]},
+    "models.tiny.layers": 1,
+    "models.tiny.width": 32,
+    "models.tiny.heads": 2,
+    "models.tiny.vocabulary": 400,
+    "models.tiny.steps": 3,
+    "tasks.fact.source.rows": {"train": 24, "validation": 8},
+    "tasks.fact.limits": {"train": 24, "validation": 8, "test": None},
+    "methods.lora.r": 4,
+    "methods.molf.r": [4],
+    "methods.molf-e.r": [2, 4],
+    "training.epochs": 1,
+    "training.batch_size": 8,
+    "training.threads": 2,
+    "compare.bootstrap": 200,
+}
+
+
+class Project:
+    """A copy of the repository's files in a folder of its own, with git and DVC, as a user has it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, root / name)
+        self.run("git", "init", "--quiet")
+        self.commit("start")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, **QUIET, "PATH": path, "PYTHONPATH": str(self.root / "src")}
+
+    def run(self, *command: str, code: int | None = 0) -> str:
+        """Runs a command in the project.
+
+        Args:
+            command: Program and arguments.
+            code: The exit code that it must have; None takes any.
+
+        Returns:
+            What it printed, errors included.
+        """
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert code is None or done.returncode == code, f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def repro(self, *arguments: str) -> list[str]:
+        """`dvc repro`; returns the names of the stages that ran."""
+        return re.findall(r"^Running stage '(.+)':", self.run("dvc", "repro", *arguments), flags=re.MULTILINE)
+
+    def edit(self, changes: dict[str, Any]) -> None:
+        """Changes params.yaml by dotted keys."""
+        yaml, path = YAML(), self.root / "params.yaml"
+        data = yaml.load(path.read_text())
+        for dotted, value in changes.items():
+            *keys, last = dotted.split(".")
+            block = data
+            for key in keys:
+                block = block[key]
+            block[last] = value
+        with path.open("w") as file:
+            yaml.dump(data, file)
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "--all")
+        author = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+        self.run("git", *author, "commit", "--quiet", "--allow-empty", "-m", message)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A fresh copy with a grid that takes a minute."""
+    made = Project(tmp_path / "project")
+    made.edit(SMALL)
+    return made
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real files beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("the real data sets (../shared/data) are not here")
+    return SHARED

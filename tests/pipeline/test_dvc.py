@@ -1,0 +1,42 @@
+"""The stages on the real DVC: what runs when something changes, and what does not."""
+
+import json
+import re
+
+from tests.conftest import Project
+
+
+def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> None:
+    """One story, because each chapter needs the one before: first run, no change, LoRA's block, the report's code."""
+    first = project.repro("compare")
+    cells = [f"tiny-fact-{method}-0" for method in ("fft", "lora")]
+    # The grid's task alone is fetched: nothing is made for blocks that it does not name.
+    assert sorted(first) == sorted(
+        [
+            "fetch@fact",
+            "prepare@fact",
+            "base@tiny",
+            "baseline@tiny-fact",
+            *(f"{stage}@{cell}" for stage in ("train", "evaluate") for cell in cells),
+            "compare",
+        ]
+    )
+    rows = json.loads((project.root / "reports/comparison.json").read_text())["groups"][0]
+    assert rows["model"] == "tiny" and rows["task"] == "fact"
+
+    assert project.repro("compare") == []
+
+    project.edit({"methods.lora.r": 2})
+    assert project.repro("compare") == ["train@tiny-fact-lora-0", "evaluate@tiny-fact-lora-0", "compare"]
+    config = json.loads((project.root / "results/tiny/fact/lora/seed-0/train/run.json").read_text())["config"]
+    assert config["method"]["r"] == 2
+
+    page = project.root / "src/molf/report/page.py"
+    page.write_text(page.read_text() + "\n# changed\n")
+    assert project.repro("compare") == ["compare"]
+
+    # A seed that leaves the grid changes the comparison, and trains nothing.
+    project.edit({"grid.methods": ["fft"]})
+    assert project.repro("compare") == ["compare"]
+    table = project.run("molf", "show")
+    assert re.search(r"\bfft\b", table) and not re.search(r"\blora\b", table)

@@ -1,0 +1,80 @@
+"""dvc.yaml declares what the stages really import, and the closure that says so sees every import."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molf.closure import PACKAGE, VIEWS, closure, code_hash, module_path
+from molf.config import read_yaml
+
+ROOT = Path(__file__).parents[1]
+STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
+# What comes as a block's `path`, because a block that does not use the file need not depend on it.
+BY_PATH = {"fetch": {"src/molf/generate.py"}, "base": {"src/molf/tiny.py"}}
+
+
+def declared(stage: str) -> set[str]:
+    """Source files that a stage names in dvc.yaml, folders written out."""
+    block = STAGES[stage].get("do", STAGES[stage])
+    files = set(BY_PATH.get(stage, set()))
+    for dep in block["deps"]:
+        path = ROOT / dep
+        if dep.startswith("src/"):
+            found = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".html")]
+            assert found, f"{stage}: {dep} is not there"
+            files |= {str(p.relative_to(ROOT)) for p in found}
+    return files
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_the_code_that_it_imports_and_no_other(stage: str) -> None:
+    command = STAGES[stage].get("do", STAGES[stage])["cmd"].split()
+    needed = {str(module_path(name).relative_to(ROOT)) for name in closure(command[2])}
+    needed |= {"src/molf/report/page.html"} if stage == "compare" else set()
+    assert declared(stage) == needed
+
+
+def test_no_stage_depends_on_all_params() -> None:
+    for name, stage in STAGES.items():
+        assert stage.get("do", stage).get("params"), f"{name} names no params, so nothing would re-run it"
+
+
+def test_views_are_modules_that_exist() -> None:
+    assert all(module_path(name).is_file() for name in VIEWS)
+
+
+def test_no_module_imports_relatively() -> None:
+    """The closure reads absolute imports only."""
+    for path in PACKAGE.rglob("*.py"):
+        assert "from ." not in path.read_text(), path
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    files = {
+        "__init__.py": "",
+        "a.py": "import pkg.b\ndef f():\n    from pkg.sub import c\n",
+        "b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pkg import d\n",
+        "d.py": "",
+        "sub/__init__.py": "from pkg import e\n",
+        "sub/c.py": "import json\n",
+        "e.py": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / "pkg" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "pkg"
+
+
+def test_the_closure_follows_late_imports_and_packages_but_not_those_for_the_type_checker(package: Path) -> None:
+    assert closure("pkg.a", package) == {"pkg", "pkg.a", "pkg.b", "pkg.e", "pkg.sub", "pkg.sub.c"}
+
+
+def test_the_code_hash_changes_with_a_file_of_the_closure_only(package: Path) -> None:
+    before = code_hash("pkg.a", package)
+    (package / "d.py").write_text("x = 1\n")
+    assert code_hash("pkg.a", package) == before
+    (package / "sub" / "c.py").write_text("import csv\n")
+    assert code_hash("pkg.a", package) != before
