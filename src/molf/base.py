@@ -45,7 +45,8 @@ def build(name: str, block: ModelBlock, directory: Path) -> dict[str, Any]:
         case HubModel():
             info |= {"id": block.id, "revision": _download(name, block, directory)}
     check_folder(directory, f"models.{name}")
-    write_json(directory / INFO, info)
+    # Not how long it took: the same model made again must be the same files, or every cell would be trained again.
+    write_json(directory / INFO, {key: value for key, value in info.items() if key != "seconds"})
     return info
 
 

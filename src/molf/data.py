@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from molf.paths import read_json, write_json, write_parquet
 from molf.tasks import TASKS
 
 SPLITS = ("train", "validation", "test")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 CARVED = 0.1  # share of the rows that a split gets which the source lacks and no limit sizes
 
 
@@ -44,7 +46,7 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     counts: dict[str, dict[str, int]] = {}
     for split in source["files"]:
         rows = pd.read_parquet(raw / f"{split}.parquet")
-        records = pd.DataFrame([json.loads(text) for text in rows["record"]], index=rows["source_row"], dtype=object)
+        records = pd.DataFrame([_record(text) for text in rows["record"]], index=rows["source_row"], dtype=object)
         for column in next(c for c in task.columns() if set(c) <= set(records.columns)):
             records[column] = records[column].where(records[column].notna(), None)
         flat = task.normalise(records, options)
@@ -85,6 +87,15 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     }
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _record(text: str) -> dict[str, Any]:
+    """A row from its JSON; halves of surrogate pairs, which no file can hold, become NUL, which the checks reject."""
+    record: dict[str, Any] = json.loads(text)
+    if "\\ud" in text:
+        plain = json.dumps(record, ensure_ascii=False)
+        record = json.loads(HALF_PAIR.sub(r"\\u0000", plain))
+    return record
 
 
 def _failures(schema: Any, frame: pd.DataFrame) -> pd.DataFrame:

@@ -169,20 +169,14 @@ def same_result(gold: Outcome, predicted: Outcome, in_order: bool) -> bool:
     """Whether two queries that ran on like databases did the same.
 
     Rows are compared as multisets, or in order; after a gold query that writes, the contents of all tables instead.
-    Floats count as equal to ten significant digits, for the order of a sum shows in the last ones.
     """
     if not gold.ok or not predicted.ok or (gold.tables is None) != (predicted.tables is None):
         return False
     if gold.tables is not None and predicted.tables is not None:
-        return {name: Counter(map(_rounded, rows)) for name, rows in gold.tables.items()} == {
-            name: Counter(map(_rounded, rows)) for name, rows in predicted.tables.items()
+        return {name: Counter(rows) for name, rows in gold.tables.items()} == {
+            name: Counter(rows) for name, rows in predicted.tables.items()
         }
-    ours, theirs = [list(map(_rounded, outcome.rows)) for outcome in (gold, predicted)]
-    return ours == theirs if in_order else Counter(ours) == Counter(theirs)
-
-
-def _rounded(row: Row) -> Row:
-    return tuple(float(f"{value:.10g}") if isinstance(value, float) else value for value in row)
+    return gold.rows == predicted.rows if in_order else Counter(gold.rows) == Counter(predicted.rows)
 
 
 TOKENS = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|\(|\)|\w+", re.DOTALL)

@@ -10,7 +10,7 @@ import torch
 from molf import generate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 BATCH, LENGTH = 16, 128  # sequences, and tokens of each, in one step
@@ -108,7 +108,7 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> "PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def pack(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> torch.Tensor:
+def pack(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> torch.Tensor:
     """All documents end to end, each as BOS ... EOS, cut into rows: (rows, LENGTH) of token ids."""
     ids: list[int] = []
     for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:

@@ -72,10 +72,8 @@ def test_an_interrupted_flow_leaves_no_process_behind() -> None:
 
 
 def test_stages_come_after_what_they_need() -> None:
-    dot = (
-        'strict digraph {\n"compare";\n"base@m";\n"train@m-t-fft-0";\n"prepare@t";\n"prepare@t" -> "train@m-t-fft-0";\n'
-    )
-    dot += '"base@m" -> "train@m-t-fft-0";\n"train@m-t-fft-0" -> "compare";\n}\n'
+    edges = [f'"{name}" -> "train@m-t-fft-0";' for name in ("prepare@t", "base@m")]
+    dot = "\n".join(["strict digraph {", '"compare";', *edges, '"train@m-t-fft-0" -> "compare";', "}"])
     names = order(dot)
     assert set(names[:2]) == {"base@m", "prepare@t"} and names[2:] == ["train@m-t-fft-0", "compare"]
 

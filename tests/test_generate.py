@@ -1,0 +1,79 @@
+"""The invented world: complete, the same every time, and apart from what is asked of it."""
+
+import sqlite3
+from collections import Counter
+
+import pytest
+
+from molf import generate
+from molf.tasks import TASKS, fact, med
+
+COUNTS = {"train": 60, "validation": 12, "test": 24}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_rows_are_as_many_as_asked_differ_and_repeat_by_seed(kind: str) -> None:
+    made = generate.rows(kind, COUNTS, 3)
+    assert {split: len(rows) for split, rows in made.items()} == COUNTS
+    all_rows = [str(sorted(row.items(), key=str)) for rows in made.values() for row in rows]
+    assert len(set(all_rows)) == len(all_rows)
+    assert generate.rows(kind, COUNTS, 3) == made
+    assert generate.rows(kind, COUNTS, 4) != made
+
+
+@pytest.mark.parametrize(("kind", "there"), [("fact", 300), ("med", 768)])
+def test_more_rows_than_the_world_has_is_an_error_with_the_number(kind: str, there: int) -> None:
+    generate.rows(kind, {"train": there}, 0)
+    with pytest.raises(ValueError, match=f"{there + 1} generated {kind} rows .* has {there}"):
+        generate.rows(kind, {"train": there + 1}, 0)
+
+
+def test_facts_have_true_neighbours_that_are_never_edited() -> None:
+    world = {(subject, relation): true for subject, relation, true in generate._facts()}
+    by_prompt = {
+        phrasing.format(subject): true
+        for (subject, relation), true in world.items()
+        for phrasing in generate.RELATIONS[relation][:2]
+    }
+    rows = generate.rows("fact", {"train": 200, "validation": 100}, 0)
+    edited = set()
+    for row in (*rows["train"], *rows["validation"]):
+        rewrite = row["requested_rewrite"]
+        prompt = rewrite["prompt"].format(rewrite["subject"])
+        edited.add(prompt)
+        true = rewrite["target_true"]["str"]
+        assert by_prompt[prompt] == true != rewrite["target_new"]["str"]
+        assert [by_prompt[paraphrase] for paraphrase in row["paraphrase_prompts"]] == [true]
+        assert 1 <= len(row["neighborhood_prompts"]) <= 2
+        assert all(by_prompt[neighbour] == true for neighbour in row["neighborhood_prompts"])
+    neighbours = {prompt for split in rows.values() for row in split for prompt in row["neighborhood_prompts"]}
+    assert len(edited) == 300 and not edited & neighbours
+
+
+def test_the_right_drug_is_right_and_stands_everywhere_alike() -> None:
+    rows = generate.rows("med", {"train": 400}, 1)["train"]
+    assert Counter(row["cop"] for row in rows) == {1: 100, 2: 100, 3: 100, 4: 100}
+    for row in rows:
+        effect = row["question"].removeprefix("Which drug ").removesuffix("?")
+        right = [row[option].endswith(generate.EFFECTS[effect]) for option in med.OPTIONS]
+        assert right == [place == row["cop"] for place in (1, 2, 3, 4)]
+
+
+def test_every_gold_query_runs_and_returns_something() -> None:
+    for row in generate.rows("sql", {"train": 120}, 2)["train"]:
+        database = sqlite3.connect(":memory:")
+        database.executescript(row["sql_context"])
+        assert database.execute(row["sql"]).fetchall(), row
+        database.close()
+
+
+def test_pretraining_teaches_the_world_but_no_question_of_the_tasks() -> None:
+    documents = set(generate.pretraining_text(0))
+    assert generate.pretraining_text(0, items=10) == generate.pretraining_text(0, items=10)
+    for subject, relation, true in generate._facts():
+        for phrasing in generate.RELATIONS[relation][:2]:
+            assert fact.prompt(phrasing, subject) + fact.completion(true) in documents
+    text = "\n".join(documents)
+    assert "Which drug" not in text
+    for row in generate.rows("sql", {"train": 200}, 0)["train"]:
+        assert row["sql_prompt"] not in text and row["sql"] not in text
