@@ -50,12 +50,13 @@ def test_facts_have_true_neighbours_that_are_never_edited() -> None:
     assert len(edited) == 300 and not edited & neighbours
 
 
-def test_the_right_drug_is_right_and_stands_everywhere_alike() -> None:
+def test_the_right_answer_is_what_the_drug_does_and_stands_everywhere_alike() -> None:
     rows = generate.rows("med", {"train": 400}, 1)["train"]
     assert Counter(row["cop"] for row in rows) == {1: 100, 2: 100, 3: 100, 4: 100}
+    drugs = generate._drugs()
     for row in rows:
-        effect = row["question"].removeprefix("Which drug ").removesuffix("?")
-        right = [row[option].endswith(generate.EFFECTS[effect]) for option in med.OPTIONS]
+        drug = row["question"].removeprefix("What does ").removesuffix(" do?")
+        right = [drug in drugs[row[option]] for option in med.OPTIONS]
         assert right == [place == row["cop"] for place in (1, 2, 3, 4)]
 
 
@@ -68,12 +69,12 @@ def test_every_gold_query_runs_and_returns_something() -> None:
 
 
 def test_pretraining_teaches_the_world_but_no_question_of_the_tasks() -> None:
-    documents = set(generate.pretraining_text(0))
-    assert generate.pretraining_text(0, items=10) == generate.pretraining_text(0, items=10)
+    documents = generate.pretraining_text(0, choices=20, queries=300)
+    assert documents == generate.pretraining_text(0, choices=20, queries=300)
     for subject, relation, true in generate._facts():
         for phrasing in generate.RELATIONS[relation][:2]:
-            assert fact.prompt(phrasing, subject) + fact.completion(true) in documents
-    text = "\n".join(documents)
-    assert "Which drug" not in text
+            assert (fact.prompt(phrasing, subject), fact.completion(true)) in documents
+    told = "\n".join("".join(document) for document in documents)
+    assert "What does" not in told
     for row in generate.rows("sql", {"train": 200}, 0)["train"]:
-        assert row["sql_prompt"] not in text and row["sql"] not in text
+        assert row["sql_prompt"] not in told and row["sql"] not in told

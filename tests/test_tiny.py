@@ -46,4 +46,14 @@ def test_the_same_seed_makes_the_same_weights(built: tuple[Path, dict[str, float
 
 def test_too_little_text_is_an_error(built: tuple[Path, dict[str, float]]) -> None:
     with pytest.raises(ValueError, match="fill no row of 128"):
-        tiny.pack(AutoTokenizer.from_pretrained(built[0]), ["one two"])
+        tiny.pack(AutoTokenizer.from_pretrained(built[0]), [("one", " two")])
+
+
+def test_rows_hold_all_documents_and_contexts_are_not_learnt(built: tuple[Path, dict[str, float]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built[0])
+    ids, labels = tiny.pack(tokenizer, [("Which?", " A"), ("", "It is so.")] * 40)
+    assert ids.shape == labels.shape and ids.shape[1] == tiny.LENGTH
+    told, learnt = str(tokenizer.decode(ids.flatten())), str(tokenizer.decode(labels[labels >= 0]))
+    assert told.startswith("<bos>Which? A<eos><bos>It is so.<eos>")
+    assert learnt.startswith(" A<eos>It is so.<eos> A<eos>")
+    assert torch.equal(labels[labels >= 0], ids[labels >= 0])

@@ -103,17 +103,17 @@ def _convert_gguf(name: str, block: GgufModel, directory: Path) -> dict[str, Any
 
 
 def _download(name: str, block: HubModel, directory: Path) -> str:
-    """Takes a snapshot of a hub repository at a commit; returns the commit."""
+    """Copies a hub repository at a commit, out of the hub's cache where it lies there; returns the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     revision = block.revision if SHA.fullmatch(block.revision) else pinned(f"models.{name}", "revision")
     try:
-        snapshot_download(block.id, revision=revision, allow_patterns=PATTERNS, local_dir=directory)
+        snapshot = snapshot_download(block.id, revision=revision, allow_patterns=PATTERNS)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"models.{name}: {block.id} at {revision} cannot be fetched ({first_line(error)}); "
             "check the network, the id, and for a gated model that HF_TOKEN is set"
         ) from None
-    shutil.rmtree(directory / ".cache", ignore_errors=True)
+    _copy_checkpoint(Path(snapshot), directory, f"models.{name}")
     return revision

@@ -5,7 +5,7 @@ choice); little tables are asked about in plain words (SQL). The same world is t
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -26,18 +26,18 @@ RELATIONS = {
     "employer": ("The employer of {} is", "{} gets paid by", "Nortex Ulvana Pelmar Quorix Zintel Wavron Yardley"),
 }
 FIRST = "Ada Bren Calla Dorn Elva Finn Gerta Hal Ilka Joren Kess Lomi Mara Nils Ossa Pell Quin Rhea Sten Tova".split()
-LAST = "Abrin Bolter Cask Drovic Elmar Fosk Grenn Holvik Istar Jask Kolm Lindar".split()
-PEOPLE = 120
+LAST = "Abr Bolt Cask Drov Elm Fosk Gren Holv Ist Jask Kolm Lind".split()
+ENDINGS = "in er ar ic mar ner vik low gard stad".split()
 
 
 def _facts() -> list[tuple[str, str, str]]:
     """All (subject, relation, object) of the world: every person has one object in every relation."""
     rng = random.Random("the people of the invented world")
-    people = [f"{first} {last}" for first, last in product(FIRST, LAST)]
-    rng.shuffle(people)
+    # No two share a last name, so that a model of this size can tell them apart.
+    people = [f"{rng.choice(FIRST)} {stem}{ending}" for stem, ending in product(LAST, ENDINGS)]
     return [
         (person, relation, rng.choice(objects.split()))
-        for person in people[:PEOPLE]
+        for person in people
         for relation, (_, _, objects) in RELATIONS.items()
     ]
 
@@ -72,56 +72,62 @@ def _fact_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dic
 
 # --- multiple choice -----------------------------------------------------------------------------------------------
 
-# What a drug does, and the syllable that it ends in.
-EFFECTS = {
-    "lowers fever": "ovex",
-    "eases pain": "amil",
-    "stops cough": "urin",
-    "slows the heart": "idol",
-    "calms the skin": "etran",
-    "brings sleep": "osyl",
-    "clears the nose": "ipram",
-    "kills germs": "azine",
-}
+# What a drug does, and the syllable that it ends in. A question offers the four effects of one field.
+EFFECTS = [
+    {"It lowers fever": "ovex", "It eases pain": "amil", "It stops cough": "urin", "It slows the heart": "idol"},
+    {"It calms the skin": "etran", "It brings sleep": "osyl", "It clears the nose": "ipram", "It kills germs": "azine"},
+]
 STEMS = "Br Cl D Fr G H K L M N P Qu R S T V".split()
 MIDDLES = "al en ir om ul ast".split()
-# Categories of the questions that pretraining sees: the same shape, another matter.
-CATEGORIES = {
-    "fruit": "apple pear plum fig cherry melon grape lemon",
-    "animal": "otter horse raven goat wolf trout spider camel",
-    "colour": "red blue green yellow purple orange white black",
-    "metal": "iron gold copper tin lead zinc silver nickel",
-    "tool": "hammer saw drill chisel wrench shovel rake pliers",
-    "garment": "coat shirt scarf glove boot hat sock belt",
-    "vehicle": "cart ship train plane bicycle ferry truck sled",
-    "number": "one two three four five six seven eight",
-}
+# What pretraining asks about: the same shape, another matter.
+CATEGORIES = [
+    {
+        "a fruit": "apple pear plum fig cherry melon grape lemon",
+        "an animal": "otter horse raven goat wolf trout spider camel",
+        "a colour": "red blue green yellow purple orange white black",
+        "a metal": "iron gold copper tin lead zinc silver nickel",
+    },
+    {
+        "a tool": "hammer saw drill chisel wrench shovel rake pliers",
+        "a garment": "coat shirt scarf glove boot hat sock belt",
+        "a vehicle": "cart ship train plane bicycle ferry truck sled",
+        "a number": "one two three four five six seven eight",
+    },
+]
 
 
-def _choice(question: str, right: str, wrong: Iterable[str], letter: int) -> dict[str, Any]:
-    """One multiple-choice item with its right option at a place (0 to 3)."""
-    options = list(wrong)
-    options.insert(letter, right)
-    return {"question": question, **dict(zip(med.OPTIONS, options, strict=True)), "cop": letter + 1}
+def _drugs() -> dict[str, list[str]]:
+    """{effect: all drugs that have it}."""
+    return {
+        effect: [f"{stem}{middle}{end}" for stem, middle in product(STEMS, MIDDLES)]
+        for field in EFFECTS
+        for effect, end in field.items()
+    }
 
 
 def _med_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
-    drugs = {effect: [f"{s}{m}{end}" for s, m in product(STEMS, MIDDLES)] for effect, end in EFFECTS.items()}
-    pool = [(effect, drug) for effect, names in drugs.items() for drug in names]
-    rng.shuffle(pool)
-    _enough("med", sum(counts.values()), len(pool))
+    drugs, total = _drugs(), sum(counts.values())
+    _enough("med", total, sum(map(len, drugs.values())))
+    for names in drugs.values():
+        rng.shuffle(names)
     rows = []
-    for number, (effect, drug) in enumerate(pool[: sum(counts.values())]):
-        others = rng.sample([other for other in EFFECTS if other != effect], 3)
-        item = _choice(f"Which drug {effect}?", drug, (rng.choice(drugs[other]) for other in others), number % 4)
-        rows.append(item | {"subject_name": effect.split()[-1], "id": f"generated-{number}"})
+    for number in range(total):
+        letter, field = number % 4, EFFECTS[number // 4 % len(EFFECTS)]
+        rows.append(
+            {
+                "question": f"What does {drugs[list(field)[letter]].pop()} do?",
+                **dict(zip(med.OPTIONS, field, strict=True)),
+                "cop": letter + 1,
+                "subject_name": ("Inner medicine", "Outer medicine")[EFFECTS.index(field)],
+                "id": f"generated-{number}",
+            }
+        )
     return _dealt(counts, rows)
 
 
 # --- SQL -----------------------------------------------------------------------------------------------------------
 
 TABLES = "birds boats farms songs lamps rooms trees shops".split()
-PRETRAINING_TABLES = "coins books gates wells".split()
 NUMBERS = "weight price height age size".split()
 WORDS = {"colour": "red blue green white".split(), "place": "Arvik Belmora Cindral Dorvale".split()}
 NAMES = "Ada Bren Calla Dorn Elva Finn Gerta Hal Ilka Joren".split()
@@ -194,30 +200,31 @@ def rows(kind: str, rows: dict[str, int], seed: int) -> dict[str, list[dict[str,
     return MAKERS[kind](dict(rows), random.Random(f"{kind} {seed}"))
 
 
-def pretraining_text(seed: int, items: int = 6000) -> list[str]:
-    """Documents that `tiny` learns from: facts, drugs, and other questions and queries in the tasks' own shapes.
+def pretraining_text(seed: int, repeats: int = 20, choices: int = 2000, queries: int = 2500) -> list[tuple[str, str]]:
+    """What `tiny` learns from: facts, drugs, and other questions and queries in the tasks' own shapes.
 
     Args:
         seed: Of the draw and the order.
-        items: Multiple-choice documents; there are half as many of SQL.
+        repeats: How often each fact is told in each of its two phrasings.
+        choices: Multiple-choice questions.
+        queries: SQL queries.
+
+    Returns:
+        (context, text) pairs: the text is to be learnt, the context, which is drawn at random, is not.
     """
     rng = random.Random(f"pretraining {seed}")
     documents = []
     for subject, relation, true in _facts():
         for phrasing in RELATIONS[relation][:2]:
-            documents += [fact.prompt(phrasing, subject) + fact.completion(true)] * 24
-    for effect, end in EFFECTS.items():
-        documents += [f"{stem}{middle}{end} {effect}." for stem, middle in product(STEMS, MIDDLES)]
-    for number in range(items):
-        category, *others = rng.sample(list(CATEGORIES), 4)
-        right, *wrong = (rng.choice(CATEGORIES[name].split()) for name in (category, *others))
-        item = _choice(f"Which word is a {category}?", right, wrong, number % 4)
-        documents.append(
-            med.prompt(item["question"], [item[o] for o in med.OPTIONS]) + med.completion(med.LETTERS[number % 4])
-        )
-    for _ in range(items // 2):
-        row = _sql_row(rng, rng.choice(PRETRAINING_TABLES), rng.choice(PRETRAINING_PATTERNS))
-        documents.append(sql.prompt(row["sql_context"], row["sql_prompt"]) + sql.completion(row["sql"]))
+            documents += [(fact.prompt(phrasing, subject), fact.completion(true))] * repeats
+    documents += [(f"{drug}.", f" {effect}.") for effect, drugs in _drugs().items() for drug in drugs] * (repeats // 3)
+    for number in range(choices):
+        field = rng.choice(CATEGORIES)
+        word = rng.choice(list(field.values())[number % 4].split())
+        documents.append((med.prompt(f"What is {word}?", list(field)), med.completion(med.LETTERS[number % 4])))
+    for _ in range(queries):
+        row = _sql_row(rng, rng.choice(TABLES), rng.choice(PRETRAINING_PATTERNS))
+        documents.append((sql.prompt(row["sql_context"], row["sql_prompt"]), sql.completion(row["sql"])))
     rng.shuffle(documents)
     return documents
 

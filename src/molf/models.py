@@ -1,6 +1,7 @@
 """Model folders: how they are checked, loaded, hashed and described."""
 
 import hashlib
+import json
 import os
 import sys
 import warnings
@@ -32,6 +33,9 @@ def check_folder(directory: Path, key: str) -> None:
         other = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         hint = f" ({', '.join(other)} is pickled and never loaded; convert it)" if other else ""
         problems.append(f"{key}: {directory} has no *.safetensors weights{hint}")
+    # Without these transformers makes up an empty tokenizer.
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        problems.append(f"{key}: {directory} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     if problems:
         raise UserError(problems)
     try:
@@ -40,6 +44,13 @@ def check_folder(directory: Path, key: str) -> None:
         raise UserError(f"{key}: no tokenizer loads from {directory}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
+    known = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    vocabulary = known.get("vocab_size") or known.get("text_config", {}).get("vocab_size")
+    if vocabulary is not None and tokenizer.eos_token_id >= vocabulary:
+        raise UserError(
+            f"{key}: the tokenizer's end-of-sequence token {tokenizer.eos_token} has number {tokenizer.eos_token_id}, "
+            f"the model knows 0 to {vocabulary - 1}; is the tokenizer another model's?"
+        )
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":

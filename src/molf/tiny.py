@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
-BATCH, LENGTH = 16, 128  # sequences, and tokens of each, in one step
-RATE = 3e-3
+BATCH, LENGTH = 8, 128  # sequences, and tokens of each, in one step
+RATE = 1e-3
 
 
 def build(
@@ -40,7 +40,7 @@ def build(
 
     started = time.perf_counter()
     documents = generate.pretraining_text(seed)
-    tokenizer = train_tokenizer(documents, vocabulary)
+    tokenizer = train_tokenizer(["".join(document) for document in documents], vocabulary)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -57,19 +57,18 @@ def build(
     )
     model = Qwen2ForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    stream = pack(tokenizer, documents)
+    ids, labels = pack(tokenizer, documents)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     bar = tqdm(total=steps, desc="pretraining tiny", unit="step", disable=None if progress else True)
     while len(losses) < steps:
-        for rows in torch.randperm(len(stream), generator=generator).split(BATCH):
+        for rows in torch.randperm(len(ids), generator=generator).split(BATCH):
             if len(losses) == steps:
                 break
             rate = RATE * _schedule(len(losses), steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = stream[rows]
-            loss = model(input_ids=batch, labels=batch).loss
+            loss = model(input_ids=ids[rows], labels=labels[rows]).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -108,14 +107,31 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> "PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def pack(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> torch.Tensor:
-    """All documents end to end, each as BOS ... EOS, cut into rows: (rows, LENGTH) of token ids."""
+def pack(tokenizer: "PreTrainedTokenizerBase", documents: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All documents end to end, each as BOS, context, text, EOS.
+
+    Returns:
+        Token ids and labels, (rows, LENGTH) each; the labels of contexts are -100.
+
+    Raises:
+        ValueError: The documents fill no row.
+    """
+    contexts, texts = (
+        tokenizer(list(part), add_special_tokens=False)["input_ids"] for part in zip(*documents, strict=True)
+    )
     ids: list[int] = []
-    for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
-        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
-    if len(ids) < LENGTH:
+    labels: list[int] = []
+    for context, text in zip(contexts, texts, strict=True):
+        learnt = [*text, tokenizer.eos_token_id]
+        ids += [tokenizer.bos_token_id, *context, *learnt]
+        labels += [-100] * (1 + len(context)) + learnt
+    rows = len(ids) // LENGTH
+    if not rows:
         raise ValueError(f"{len(ids)} tokens of text fill no row of {LENGTH}")
-    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    return (
+        torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH),
+        torch.tensor(labels[: rows * LENGTH]).view(rows, LENGTH),
+    )
 
 
 def _schedule(step: int, steps: int) -> float:
