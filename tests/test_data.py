@@ -272,6 +272,26 @@ def test_no_row_left_for_a_split_is_an_error(tmp_path: Path) -> None:
         run("med", file_block("med", path), tmp_path)
 
 
+def test_queries_that_name_databases_need_them(tmp_path: Path) -> None:
+    rows = [
+        {
+            "db_id": "pets",
+            "question": f"How many are above {i}?",
+            "query": f"SELECT {i}",
+            "context": "CREATE TABLE t (a)",
+        }
+        for i in range(20)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"tasks.sql.options.databases: .* such as pets, and none is here"):
+        run("sql", file_block("sql", path), tmp_path)
+    (tmp_path / "db/pets").mkdir(parents=True)
+    (tmp_path / "db/pets/pets.sqlite").write_bytes(b"")
+    task = file_block("sql", path, options={"databases": str(tmp_path / "db")})
+    run("sql", task, tmp_path)
+    assert set(frame(tmp_path, "test")["database"]) == {str(tmp_path / "prepared/databases/pets.sqlite")}
+
+
 # --- the real files ------------------------------------------------------------------------------------------------
 
 

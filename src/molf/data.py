@@ -70,7 +70,7 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     for split in SPLITS:
         if not len(splits[split]):
             raise UserError(f"tasks.{name}: no row is left for {split}; give it rows or a smaller limit to the others")
-        _own_databases(splits[split], directory)
+        _own_databases(splits[split], directory, name)
         task.prepared_schema().validate(splits[split])
         write_parquet(directory / f"{split}.parquet", splits[split])
         counts.setdefault(split, {"raw": 0, "rejected": 0, "duplicates": 0})["kept"] = len(splits[split])
@@ -209,10 +209,19 @@ def _limited(pool: pd.DataFrame, limit: int | None, seed: int) -> pd.DataFrame:
     return drawn.sort_index().reset_index(drop=True)
 
 
-def _own_databases(frame: pd.DataFrame, directory: Path) -> None:
-    """Copies the databases that rows run on beside them, and points the rows there."""
+def _own_databases(frame: pd.DataFrame, directory: Path, name: str) -> None:
+    """Copies the databases that rows run on beside them, and points the rows there.
+
+    Raises:
+        UserError: Every row names a database and none is there, so that no query could run.
+    """
     if "database" not in frame:
         return
+    if (frame["db_id"].notna() & frame["database"].isna()).all():
+        raise UserError(
+            f"tasks.{name}.options.databases: the queries run on databases such as {frame['db_id'].iloc[0]}, and none "
+            "is here; set it to the folder or archive that holds DB/DB.sqlite"
+        )
     paths: list[str | None] = []
     for value in frame["database"]:
         if not isinstance(value, str):

@@ -1,0 +1,66 @@
+"""What the README, the container and the Makefile promise is there."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from molf.cli import run
+from molf.config import check_params, read_yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def test_every_command_of_the_readme_exists(capsys: object) -> None:
+    code = " ".join(re.findall(r"`([^`\n]+)`", README) + re.findall(r"```sh\n(.+?)```", README, flags=re.DOTALL))
+    made = set(re.findall(r"\bmake ([a-z]+)", code))
+    assert {"run", "test"} <= made <= TARGETS
+    for name in set(re.findall(r"\bmolf (run|check|show|preset|pin|track|ui|publish)\b", code)):
+        try:
+            run([name, "--help"])
+        except SystemExit as ended:
+            assert ended.code == 0
+
+
+def test_every_file_of_the_readme_exists() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for row in re.findall(r"^\| (`[^|]+) \|", README.partition("## Map")[2], flags=re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", row):
+            # The stages' outputs are not in git.
+            if name not in ("models/", "weights/", "results/", "reports/"):
+                assert any((folder / name).exists() for folder in (ROOT, ROOT / "src/molf")), name
+
+
+def test_the_readmes_blocks_for_params_parse() -> None:
+    params = read_yaml(ROOT / "params.yaml")
+    for text in re.findall(r"```yaml\n(.+?)```", README, flags=re.DOTALL):
+        for key, block in yaml.safe_load(text).items():
+            params[key] |= block
+    assert len(check_params(params, "README.md").cells()) == 3
+
+
+def test_the_readmes_library_lines_run() -> None:
+    import torch
+
+    (code,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+    names = {"model": torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))}
+    exec(code, names)
+    assert type(names["model"][0]) is torch.nn.Linear
+
+
+def test_the_container_installs_and_runs_the_same_commands() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.+)$", text, flags=re.MULTILINE):
+        *sources, _ = line.split()
+        assert all((ROOT / source).exists() for source in sources), line
+    called = set(re.findall(r"\bmake ([a-z]+)$", text, flags=re.MULTILINE))
+    assert called and called <= TARGETS
+    assert 'ENTRYPOINT ["make"]' in text and re.search(r'^CMD \["run"\]$', text, flags=re.MULTILINE)
+
+
+def test_ci_calls_the_readmes_test_command_and_acceptance() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make ")] == ["make test", "make acceptance"]
