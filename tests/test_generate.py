@@ -50,12 +50,12 @@ def test_facts_have_true_neighbours_that_are_never_edited() -> None:
     assert len(edited) == 300 and not edited & neighbours
 
 
-def test_the_right_answer_is_what_the_drug_does_and_stands_everywhere_alike() -> None:
+def test_the_right_answer_is_what_the_drug_is_and_stands_everywhere_alike() -> None:
     rows = generate.rows("med", {"train": 400}, 1)["train"]
     assert Counter(row["cop"] for row in rows) == {1: 100, 2: 100, 3: 100, 4: 100}
     drugs = generate._drugs()
     for row in rows:
-        drug = row["question"].removeprefix("What does ").removesuffix(" do?")
+        drug = row["question"].removeprefix("What is ").removesuffix("?")
         right = [drug in drugs[row[option]] for option in med.OPTIONS]
         assert right == [place == row["cop"] for place in (1, 2, 3, 4)]
 
@@ -75,6 +75,6 @@ def test_pretraining_teaches_the_world_but_no_question_of_the_tasks() -> None:
         for phrasing in generate.RELATIONS[relation][:2]:
             assert (fact.prompt(phrasing, subject), fact.completion(true)) in documents
     told = "\n".join("".join(document) for document in documents)
-    assert "What does" not in told
+    assert not any(f"What is {drug}?" in told for drugs in generate._drugs().values() for drug in drugs)
     for row in generate.rows("sql", {"train": 200}, 0)["train"]:
         assert row["sql_prompt"] not in told and row["sql"] not in told

@@ -1,6 +1,6 @@
 """The built-in data: one small invented world, told in the fields of the three benchmarks. All of it is generated.
 
-People have a mother tongue, a home town and so on (facts); drugs end in a syllable that tells what they do (multiple
+People have a mother tongue, a home town and so on (facts); a drug's name ends in what tells its use (multiple
 choice); little tables are asked about in plain words (SQL). The same world is the text that `tiny` is pretrained on.
 """
 
@@ -72,10 +72,10 @@ def _fact_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dic
 
 # --- multiple choice -----------------------------------------------------------------------------------------------
 
-# What a drug does, and the syllable that it ends in. A question offers the four effects of one field.
-EFFECTS = [
-    {"It lowers fever": "ovex", "It eases pain": "amil", "It stops cough": "urin", "It slows the heart": "idol"},
-    {"It calms the skin": "etran", "It brings sleep": "osyl", "It clears the nose": "ipram", "It kills germs": "azine"},
+# What a drug is, and what its name ends in. A question offers the four kinds of one field.
+KINDS = [
+    {"a fever drug": "ovex", "a pain drug": "amil", "a cough drug": "urin", "a heart drug": "idol"},
+    {"a skin drug": "etran", "a sleep drug": "osyl", "a nose drug": "ipram", "a germ drug": "azine"},
 ]
 STEMS = "Br Cl D Fr G H K L M N P Qu R S T V".split()
 MIDDLES = "al en ir om ul ast".split()
@@ -97,11 +97,11 @@ CATEGORIES = [
 
 
 def _drugs() -> dict[str, list[str]]:
-    """{effect: all drugs that have it}."""
+    """{kind: all drugs of it}."""
     return {
-        effect: [f"{stem}{middle}{end}" for stem, middle in product(STEMS, MIDDLES)]
-        for field in EFFECTS
-        for effect, end in field.items()
+        kind: [f"{stem}{middle}-{end}" for stem, middle in product(STEMS, MIDDLES)]
+        for field in KINDS
+        for kind, end in field.items()
     }
 
 
@@ -112,13 +112,13 @@ def _med_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict
         rng.shuffle(names)
     rows = []
     for number in range(total):
-        letter, field = number % 4, EFFECTS[number // 4 % len(EFFECTS)]
+        letter, field = number % 4, KINDS[number // 4 % len(KINDS)]
         rows.append(
             {
-                "question": f"What does {drugs[list(field)[letter]].pop()} do?",
+                "question": f"What is {drugs[list(field)[letter]].pop()}?",
                 **dict(zip(med.OPTIONS, field, strict=True)),
                 "cop": letter + 1,
-                "subject_name": ("Inner medicine", "Outer medicine")[EFFECTS.index(field)],
+                "subject_name": ("Inner medicine", "Outer medicine")[KINDS.index(field)],
                 "id": f"generated-{number}",
             }
         )
@@ -217,7 +217,7 @@ def pretraining_text(seed: int, repeats: int = 20, choices: int = 2000, queries:
     for subject, relation, true in _facts():
         for phrasing in RELATIONS[relation][:2]:
             documents += [(fact.prompt(phrasing, subject), fact.completion(true))] * repeats
-    documents += [(f"{drug}.", f" {effect}.") for effect, drugs in _drugs().items() for drug in drugs] * (repeats // 3)
+    documents += [(f"{drug} is", f" {kind}.") for kind, drugs in _drugs().items() for drug in drugs] * (repeats // 3)
     for number in range(choices):
         field = rng.choice(CATEGORIES)
         word = rng.choice(list(field.values())[number % 4].split())
