@@ -250,6 +250,9 @@ def describe(summary: dict[str, Any]) -> str:
     kind = "generated data" if summary["generated"] else "rows"
     lines = [f"task {summary['task']} ({summary['kind']}), {kind}:"]
     for split, count in summary["rows"].items():
+        if not count["raw"]:  # the source has no such split
+            lines.append(f"  {split}: {count.get('kept', 0)}, taken from the rows above")
+            continue
         lines.append(
             f"  {split}: {count.get('kept', 0)} kept of {count['raw']} raw; {count['rejected']} rejected, "
             f"{count['duplicates']} duplicates"
