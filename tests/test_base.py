@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,12 @@ def test_weights_that_went_are_missed_with_a_way_out(tmp_path: Path) -> None:
     (elsewhere / "w").write_text("2")
     with pytest.raises(UserError, match="these weights were not kept"):
         find_weights(kept)
+
+
+def test_no_bar_of_a_library_is_drawn_where_nobody_watches() -> None:
+    program = (
+        "from molf.models import quiet\nquiet()\n"
+        "from transformers.modeling_gguf_pytorch_utils import tqdm\nlist(tqdm(range(3)))\nprint('done')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")
