@@ -120,11 +120,11 @@ def test_the_flow_brings_a_grid_of_one_cell_up_to_date(one_cell: Project, monkey
     assert "tiny/fact/molf/seed-0: score" in said, "the stages' lines are not streamed"
     assert "next: open reports/report.html" in said
     assert one_cell.repro("compare") == []
-    assert re.search(r"'?comparison'?", said) and "Completed" in said
+    assert "Completed" in said
     markdown = one_cell.run(
         sys.executable,
         "-c",
-        "from prefect.artifacts import Artifact\nprint(Artifact.get('comparison').data)",
+        "import asyncio\nfrom prefect.artifacts import Artifact\nprint(asyncio.run(Artifact.aget('comparison')).data)",
     )
     assert "| molf " in markdown and "tiny" in markdown
 
