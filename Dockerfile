@@ -1,4 +1,4 @@
-# The same commands as on a machine of one's own: docker build -t molf . && docker run --rm -v molf:/molf molf run
+# The same commands as on a machine of one's own: docker build -t molf . && docker run -it -v molf:/molf molf
 FROM python:3.11-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make \
@@ -11,6 +11,5 @@ RUN make install
 COPY . .
 # DVC needs a git repository; a build from an archive, or with .git left out, gets an empty one.
 RUN git init --quiet
-EXPOSE 4200 5000
 ENTRYPOINT ["make"]
 CMD ["run"]

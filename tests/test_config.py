@@ -47,6 +47,19 @@ def test_every_preset_parses(name: str) -> None:
     check_params(presets.merged(name, raw()), name)
 
 
+def test_presets_give_every_task_the_budget_that_they_mean() -> None:
+    budgets = {
+        name: {task: params.training_for(task).epochs for task in params.grid.tasks}
+        for name in ("tiny", "gemma", "paper")
+        for params in [check_params(presets.merged(name, raw()), name)]
+    }
+    assert budgets == {
+        "tiny": {"sql": 4, "med": 4, "fact": 16},
+        "gemma": {"sql": 1, "med": 1, "fact": 3},
+        "paper": {"sql": 2, "med": 2, "fact": 2},  # two epochs, as in the paper
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -56,6 +69,19 @@ def test_every_preset_parses(name: str) -> None:
         ),
         ({"grid.tasks": ["poetry"]}, "grid.tasks: there is no tasks.poetry; there is sql, med, fact"),
         ({"grid.models": ["gpt"]}, "grid.models: there is no models.gpt; there is tiny"),
+        ({"grid.models": [["tiny"]]}, "grid.models.0: ['tiny']: input should be a valid string"),
+        (
+            {"models.tiny.heads": 5, "models.tiny.width": 100},
+            "models.tiny: heads is 5; allowed: 1 or an even number (two share their keys and values)",
+        ),
+        (
+            {"models.tiny.width": 190},
+            "models.tiny: width is 190, heads is 4: a head's width must be whole and even",
+        ),
+        (
+            {"evaluation.max_new_tokens": {"sql": 64, "med": 4}},
+            "evaluation.max_new_tokens.fact: missing; `molf preset tiny --dry-run` shows every key",
+        ),
         ({"grid.seeds": [0, 0]}, "grid: seeds repeats 0; each may stand once"),
         ({"grid.seeds": []}, "grid.seeds: []: list should have at least 1 item after validation, not 0"),
         ({"methods.lora.r": "8"}, "methods.lora.r: '8': input should be a valid integer"),

@@ -17,11 +17,12 @@ def test_every_command_of_the_readme_exists(capsys: object) -> None:
     code = " ".join(re.findall(r"`([^`\n]+)`", README) + re.findall(r"```sh\n(.+?)```", README, flags=re.DOTALL))
     made = set(re.findall(r"\bmake ([a-z]+)", code))
     assert {"run", "test"} <= made <= TARGETS
-    for name in set(re.findall(r"\bmolf (run|check|show|preset|pin|track|ui|publish)\b", code)):
+    # After `docker run` the word is the image's name.
+    for name in set(re.findall(r"(?<!-t )(?<!:/)\bmolf ([a-z]+)\b", code)):
         try:
             run([name, "--help"])
         except SystemExit as ended:
-            assert ended.code == 0
+            assert ended.code == 0, name
 
 
 def test_every_file_of_the_readme_exists() -> None:

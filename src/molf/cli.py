@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from molf.config import PARAMS, SOURCES_LOCK, load_params
+from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
 from molf.errors import RunError, UserError, main
 from molf.paths import REPORTS, read_json
 
@@ -61,10 +61,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def repro() -> None:
-    """Checks params.yaml, runs `dvc repro`, prints the comparison."""
-    load_params()
+    """Checks params.yaml and that its files are there, runs `dvc repro`, prints the comparison."""
+    params = load_params()
+    lacking(params)
     # Only what the comparison needs: blocks that the grid does not name are not fetched or built.
-    if subprocess.call(["dvc", "repro", "compare"]):
+    if subprocess.call(["dvc", "repro", "compare"], env=own_tools()):
         raise RunError("`dvc repro` did not finish; the message above says why. Fix it and run the same command again")
     show()
 
@@ -72,11 +73,31 @@ def repro() -> None:
 def check() -> None:
     """Checks params.yaml and says what it asks for."""
     params = load_params()
+    lacking(params)
     grid = params.grid
     print(f"params.yaml is fine: {len(params.cells())} cells")
     for axis in ("models", "tasks", "methods", "seeds"):
         print(f"  {axis}: {', '.join(map(str, getattr(grid, axis)))}")
     print("next: make run")
+
+
+def lacking(params: Params) -> None:
+    """Raises `UserError` with every file and folder that the grid needs and that is not there."""
+    blocks = {f"models.{name}": params.models[name] for name in params.grid.models}
+    sources = {f"tasks.{name}.source": params.tasks[name].source for name in params.grid.tasks}
+    problems = [
+        f"{key}.path: there is no {block.path}"
+        for key, block in {**blocks, **sources}.items()
+        if block.kind in ("path", "file") and not Path(block.path).exists()
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def own_tools() -> dict[str, str]:
+    """The environment in which `dvc` and `mlflow` are those installed beside this program, activated or not."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path}
 
 
 def show() -> None:
@@ -129,11 +150,11 @@ def open_ui(port: int) -> None:
     params = load_params()
     tracking.initialise(Path.cwd(), params.tracking.experiment)
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
-    os.execvp("mlflow", ["mlflow", *tracking.server_arguments(Path.cwd()), "--port", str(port)])
+    os.execvpe("mlflow", ["mlflow", *tracking.server_arguments(Path.cwd()), "--port", str(port)], own_tools())
 
 
 def publish_results(directory: Path) -> None:
-    """Copies the comparison, its figures, the params and the lock that made it, and the time of each cell."""
+    """Copies the comparison, its figures, the params that made it, and the time of each cell."""
     from molf.report.page import published_readme
 
     comparison = read_json(REPORTS / "comparison.json") if (REPORTS / "comparison.json").is_file() else None

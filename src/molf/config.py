@@ -69,6 +69,14 @@ class TinyModel(Block):
     vocabulary: Annotated[int, Field(ge=300)]  # tokens, the 256 bytes included
     steps: Count  # pretraining steps
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "TinyModel":
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width is {self.width}, heads is {self.heads}: a head's width must be whole and even")
+        if self.heads > 1 and self.heads % 2:
+            raise ValueError(f"heads is {self.heads}; allowed: 1 or an even number (two share their keys and values)")
+        return self
+
 
 class PathModel(Block):
     """A folder in the format of transformers: config.json, *.safetensors, tokenizer files."""
@@ -292,9 +300,17 @@ class Training(Block):
     keep: Literal["all", "adapter-only", "none"]  # which weights stay after the evaluation
 
 
+class NewTokens(Block):
+    """For each kind of task, how many tokens an answer may have."""
+
+    sql: Count
+    med: Count
+    fact: Count
+
+
 class Evaluation(Block):
     batch_size: Count
-    max_new_tokens: dict[Literal["sql", "med", "fact"], Count]
+    max_new_tokens: NewTokens
 
 
 class Compare(Block):
@@ -414,13 +430,14 @@ def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
         blocks = raw.get(axis)
         if isinstance(wanted, list) and isinstance(blocks, dict):
             for name in wanted:
-                if name not in blocks:
+                if isinstance(name, str) and name not in blocks:
                     yield f"grid.{axis}: there is no {axis}.{name}; there is {', '.join(map(str, blocks))}"
     if isinstance(grid, dict) and all(isinstance(grid.get(axis), list) for axis in Grid.model_fields):
         keys: dict[str, tuple[Any, ...]] = {}
-        for model in grid["models"]:
-            for task in grid["tasks"]:
-                for method in grid["methods"]:
+        axes = [[name for name in grid[axis] if isinstance(name, str)] for axis in ("models", "tasks", "methods")]
+        for model in axes[0]:
+            for task in axes[1]:
+                for method in axes[2]:
                     key = f"{model}-{task}-{method}"
                     other = keys.setdefault(key, (model, task, method))
                     if other != (model, task, method):

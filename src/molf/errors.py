@@ -24,10 +24,11 @@ def main(function: Callable[[], None]) -> int:
     """Runs a command's body and turns the two errors above into a message and an exit code.
 
     Args:
-        function: The body; anything else that it raises is a defect of ours and keeps its traceback.
+        function: The body; anything that it raises beside these and `OSError` is a defect of ours and keeps its
+            traceback.
 
     Returns:
-        0, or 2 after a `UserError`, or 1 after a `RunError` or an interrupt.
+        0, or 2 after a `UserError`, or 1 after a `RunError`, a disk or file that fails, or an interrupt.
     """
     try:
         function()
@@ -37,7 +38,7 @@ def main(function: Callable[[], None]) -> int:
         for problem in error.problems:
             print(f"  - {problem}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -303,7 +303,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _history_rows(train: Path) -> list[dict[str, Any]]:
-    """The rows of history.parquet with every expert's share so far, as training logs them live."""
+    """The rows of history.parquet with every expert's share so far, which is told once the training has ended."""
     import pandas as pd
 
     history = pd.read_parquet(train / "history.parquet")

@@ -68,16 +68,31 @@ def load_model(directory: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     """The causal language model of a folder, its weights in `dtype` whatever the checkpoint's.
 
     Raises:
-        UserError: The folder does not load as a causal language model.
+        UserError: The folder does not load as a causal language model, or its weights are not all of that model's: what
+            lacks would be filled with random numbers.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory} does not load as a causal language model: {first_line(error)}") from None
+    model, info = loaded
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise UserError(
+            f"{directory}: {len(lacking)} weights that config.json asks for are not in its safetensors files or have "
+            f"another shape: {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}"
+        )
+    return model
 
 
 def folder_hash(directory: Path) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PrinterCallback,
@@ -272,9 +273,13 @@ def train(
     tokenizer = load_tokenizer(base)
     examples = encode_examples(tokenizer, examples_frame, training.max_length)
     set_seed(seed)
-    model = method.prepare(load_model(base, weight_dtype(training.dtype)), block)
+    model = load_model(base, weight_dtype(training.dtype))
+    try:
+        model = method.prepare(model, block)
+        optimizer = method.optimizer(model, block)
+    except ValueError as error:
+        raise UserError(f"method {block.kind} does not fit this model: {error}") from None
     trained, total = parameter_counts(model)
-    optimizer = method.optimizer(model, block)
     routing = RoutingRecorder() if method.routed(block) else None
     recorder = Recorder(optimizer, routing, listener)
     order = SeededOrder(len(examples), seed)
@@ -299,6 +304,8 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
     )
+    # One device a cell: with more the Trainer would wrap the model in DataParallel and multiply the batch by them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = CellTrainer(
         method,
         order,
@@ -328,10 +335,16 @@ def train(
             f"out of GPU memory; lower training.batch_size and raise gradient_accumulation ({error})"
         ) from None
     history = pd.DataFrame(recorder.rows)
-    if not len(history):
-        raise RunError("the training made no step")
+    if not (len(history) and (history["learning_rate"] > 0).any()):
+        raise RunError(
+            f"{len(history)} optimizer steps, none with a learning rate above 0: nothing was trained; "
+            "give the task more rows, raise training.epochs, or set training.warmup to 0"
+        )
     peak = peak_memory()
-    method.save(model, weights, base)
+    try:
+        method.save(model, weights, base)
+    except SafetensorError as error:  # a full disk among others
+        raise RunError(f"the weights could not be written: {error}") from None
     tokenizer.save_pretrained(weights)
     summary = {
         "method_kind": block.kind,

@@ -93,7 +93,7 @@ def write_tree(root: Path, raw: dict[str, Any]) -> Params:
     for cell in params.cells():
         write_cell(root, params, cell)
     for task in params.grid.tasks:
-        write_evaluation(root, Cell("tiny", task, "base", 0), task, "untrained")
+        write_evaluation(root, Cell("tiny", task, "base", 0), task, fingerprint("untrained", "hash-of-tiny"), params)
     return params
 
 
@@ -154,6 +154,7 @@ def write_cell(root: Path, params: Params, cell: Cell) -> None:
         "config": config,
         "data": {"hash": f"hash-of-{cell.task}", "generated": True, "source": {"kind": "generated"}},
         "model": {"hash": "hash-of-tiny", "name": "tiny"},
+        "code": "c" * 16,
         "git_commit": "0" * 40,
         "versions": {"python": "3.11.0", "torch": "2.13.0"},
         "hardware": {"name": "a machine", "threads": 1, "fingerprint": "cpu"},
@@ -161,10 +162,10 @@ def write_cell(root: Path, params: Params, cell: Cell) -> None:
         "generated_data": True,
     }
     write_json(train / "run.json", run)
-    write_evaluation(root, cell, cell.task, key)
+    write_evaluation(root, cell, cell.task, key, params)
 
 
-def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str) -> None:
+def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str, params: Params) -> None:
     """Writes predictions: `RIGHT[method]` right answers, one fewer for each further seed, the last example left out."""
     right = RIGHT[cell.method] - cell.seed
     hits = np.array([1.0] * right + [0.0] * (EXAMPLES - right))
@@ -185,6 +186,8 @@ def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str) 
         "train_fingerprint": train_fingerprint,
         "data_hash": f"hash-of-{cell.task}",
         "task_kind": kind,
+        "evaluation": params.evaluation.model_dump(mode="json"),
+        "code": "e" * 16,
         "primary": primary,
         "primary_name": {"sql": "execution_accuracy", "fact": "score"}[kind],
         "n": EXAMPLES - 1,

@@ -144,12 +144,28 @@ def test_cell_of_other_params_is_refused_with_what_differs(params: Params, tmp_p
         ("train/summary.json", "fingerprint", "other", "two trainings"),
         ("train/run.json", "data", {"hash": "other"}, "trained on unlike data"),
         ("train/run.json", "model", {"hash": "other"}, "trained on unlike models"),
+        ("train/run.json", "code", "other", "unlike versions of molf's code"),
+        ("train/run.json", "versions", {"torch": "1.0"}, "unlike library versions"),
+        ("evaluation/metrics.json", "code", "other", "not all evaluated by the same code"),
+        ("evaluation/metrics.json", "evaluation", {"batch_size": 1}, "batch_size was 1, is 8"),
     ],
 )
 def test_cells_that_do_not_belong_together(
     params: Params, tmp_path: Path, file: str, key: str, value: Any, expected: str
 ) -> None:
     edit(tmp_path / FFT.results / file, lambda content: content.update({key: value}))
+    assert expected in refused(params, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("train_fingerprint", "of another model"), ("data_hash", "other data"), ("code", "not all evaluated by the same")],
+)
+def test_an_untrained_model_that_does_not_belong_is_refused(
+    params: Params, tmp_path: Path, key: str, expected: str
+) -> None:
+    path = tmp_path / "results/tiny/sql/base/seed-0/evaluation/metrics.json"
+    edit(path, lambda content: content.update({key: "other"}))
     assert expected in refused(params, tmp_path)
 
 

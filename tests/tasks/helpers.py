@@ -11,10 +11,10 @@ import pandera.errors
 import pandera.pandas as pa
 import pytest
 
-from molf.config import Evaluation
+from molf.config import Evaluation, NewTokens
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
-EVALUATION = Evaluation(batch_size=8, max_new_tokens={"sql": 64, "med": 4, "fact": 8})
+EVALUATION = Evaluation(batch_size=8, max_new_tokens=NewTokens(sql=64, med=4, fact=8))
 
 
 class StandIn:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from molf.config import Params, cell_config
+from molf.config import Params, cell_config, fingerprint
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, PREPARED, Cell, read_json
 from molf.report import statistics
@@ -176,6 +176,10 @@ def _load(params: Params, cell: Cell, root: Path, problems: list[str]) -> dict[s
         wrong.append("train/summary.json and train/run.json are of two trainings")
     if found["metrics"]["train_fingerprint"] != found["run"]["fingerprint"]:
         wrong.append("evaluated on the weights of another training (train_fingerprint differs)")
+    evaluated, evaluation = found["metrics"]["evaluation"], params.evaluation.model_dump(mode="json")
+    if evaluated != evaluation:
+        changes = "; ".join(_changes(evaluated, evaluation))
+        wrong.append(f"evaluated with other params than params.yaml says: {changes}")
     kind = params.tasks[cell.task].kind
     if found["metrics"]["task_kind"] != kind:
         wrong.append(f"scored as task kind {found['metrics']['task_kind']}, but params.yaml says {kind}")
@@ -191,20 +195,28 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Mapping[str, Any]], roo
     for what, hashes in (
         ("data", {cell.name: found["run"]["data"]["hash"] for cell, found in cells.items()}),
         ("models", {cell.name: found["run"]["model"]["hash"] for cell, found in cells.items()}),
+        ("versions of molf's code", {cell.name: found["run"]["code"] for cell, found in cells.items()}),
+        ("library versions", {cell.name: fingerprint(found["run"]["versions"]) for cell, found in cells.items()}),
     ):
         if len(set(hashes.values())) > 1:
             shown = ", ".join(f"{name} {value[:12]}" for name, value in hashes.items())
             yield f"{where}: trained on unlike {what}: {shown}"
     data = next(iter(cells.values()))["run"]["data"]["hash"]
     for cell, found in cells.items():
-        if found["metrics"].get("data_hash", found["run"]["data"]["hash"]) != found["run"]["data"]["hash"]:
+        if found["metrics"]["data_hash"] != found["run"]["data"]["hash"]:
             yield f"{cell.name}: trained and evaluated on unlike data"
     prepared = _prepared(task, root)
     if prepared and prepared["data_hash"] != data:
         yield f"{where}: trained on other data than {PREPARED / task} holds now"
     base = _base(model, task, root)
-    if base and base["metrics"].get("data_hash", data) != data:
+    if base and base["metrics"]["data_hash"] != data:
         yield f"{where}: the untrained model was evaluated on other data than the methods"
+    trained_from = fingerprint("untrained", next(iter(cells.values()))["run"]["model"]["hash"])
+    if base and base["metrics"]["train_fingerprint"] != trained_from:
+        yield f"{where}: the scores of the untrained model are of another model than the methods started from"
+    evaluations = [found["metrics"] for found in [*cells.values(), *([base] if base else [])]]
+    if len({(fingerprint(metrics["evaluation"]), metrics["code"]) for metrics in evaluations}) > 1:
+        yield f"{where}: the cells and the untrained model were not all evaluated by the same code and params"
     examples = [list(found["predictions"]["example_id"]) for found in [*cells.values(), *([base] if base else [])]]
     if any(ids != examples[0] for ids in examples):
         yield f"{where}: the cells were evaluated on unlike examples"

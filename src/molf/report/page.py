@@ -40,6 +40,7 @@ def render(comparison: Mapping[str, Any], figures: Sequence[Mapping[str, str]], 
         {
             **group,
             "table": table(group),
+            "warnings": warnings(group),
             "figures": [f for f in embedded if (f["model"], f["task"]) == (group["model"], group["task"])],
         }
         for group in comparison["groups"]
@@ -69,6 +70,15 @@ def table(group: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def warnings(group: Mapping[str, Any]) -> list[str]:
+    """What the methods' cells warned of, each text once with the methods that it holds for."""
+    by_text: dict[str, list[str]] = {}
+    for m in group["methods"]:
+        for text in m["warnings"]:
+            by_text.setdefault(text, []).append(m["method"])
+    return [f"{', '.join(methods)}: {text}" for text, methods in by_text.items()]
+
+
 def terminal_table(comparison: Mapping[str, Any]) -> str:
     """The comparison as plain text: a block for each model and task, the verdict, and where to look next."""
     lines = []
@@ -78,7 +88,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
         lines.append(heading(group))
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"  {verdict['outcome'].upper()}: {verdict['sentence']}" for verdict in group["verdicts"]]
-        lines += [f"  WARNING: {m['method']}: {text}" for m in group["methods"] for text in m["warnings"]]
+        lines += [f"  WARNING: {text}" for text in warnings(group)]
         lines.append("")
     lines += [comparison["sentence"], _meaning(comparison)]
     if not comparison["costs_comparable"]:
@@ -101,7 +111,7 @@ def markdown_table(comparison: Mapping[str, Any]) -> str:
         ]
         for verdict in group["verdicts"]:
             lines.append(f"- **{verdict['outcome']}**: {_markdown(verdict['sentence'])}")
-        lines += [f"- **warning**: {m['method']}: {_markdown(t)}" for m in group["methods"] for t in m["warnings"]]
+        lines += [f"- **warning**: {_markdown(text)}" for text in warnings(group)]
         lines.append("")
     return "\n".join([*lines, _meaning(comparison), ""])
 

@@ -48,6 +48,8 @@ def run() -> None:
         "train_fingerprint": trained,
         "data_hash": data["data_hash"],
         "task_kind": block.kind,
+        "evaluation": evaluation,
+        "code": code,
         "primary": scores.pop("primary"),
         "primary_name": scores.pop("primary_name"),
         "n": scores.pop("n"),
@@ -59,8 +61,7 @@ def run() -> None:
     shutil.rmtree(directory, ignore_errors=True)
     write_parquet(directory / "predictions.parquet", predictions)
     write_json(directory / "metrics.json", report)
-    if cell.method != BASE_METHOD:
-        tracking.log_evaluation(cell.results, params.tracking.experiment)
+    tracking.log_evaluation(cell.results, params.tracking.experiment)
     if scratch is not None:
         shutil.rmtree(scratch)  # training.keep says that these weights go after their evaluation
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items() if count)

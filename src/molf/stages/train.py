@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.config import cell_config, fingerprint, load_params
-from molf.errors import RunError, main
+from molf.errors import main
 from molf.paths import MODELS, PREPARED, Cell, read_json, write_json, write_parquet
 
 SCRATCH = Path(".molf")
@@ -26,7 +26,7 @@ def run() -> None:
     base = MODELS / cell.model
     prepared = PREPARED / cell.task
     data = read_json(prepared / "summary.json")
-    config = cell_config(params, cell)
+    config, budget = cell_config(params, cell), params.training_for(cell.task)
     model, code = models.describe(base), closure.code_hash("molf.stages.train")
     record: dict[str, Any] = {
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
@@ -37,31 +37,27 @@ def run() -> None:
         "code": code,
         "git_commit": machine.git_commit(),
         "versions": machine.versions(),
-        "hardware": machine.hardware(params.training.threads),
+        "hardware": machine.hardware(budget.threads),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "generated_data": data["generated"],
     }
     results, weights = cell.results / "train", cell.weights
     for directory in (results, weights):
         shutil.rmtree(directory, ignore_errors=True)
-    budget = params.training_for(cell.task)
     kept = methods.keeps_weights(budget.keep, params.methods[cell.method].kind)
     target = weights if kept else SCRATCH / weights
     shutil.rmtree(target, ignore_errors=True)
     with tracking.live_run(record, params.tracking.experiment) as live:
-        try:
-            outcome = training.train(
-                base=base,
-                examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["prompt", "completion"]),
-                block=params.methods[cell.method],
-                training=budget,
-                seed=cell.seed,
-                weights=target,
-                scratch=SCRATCH / "trainer" / cell.name,
-                listener=live,
-            )
-        except OSError as error:
-            raise RunError(f"{cell.name}: {error}") from error
+        outcome = training.train(
+            base=base,
+            examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["prompt", "completion"]),
+            block=params.methods[cell.method],
+            training=budget,
+            seed=cell.seed,
+            weights=target,
+            scratch=SCRATCH / "trainer" / cell.name,
+            listener=live,
+        )
         if not kept:
             write_json(weights / models.ELSEWHERE, {"path": str(target), "hash": models.folder_hash(target)})
         summary = {"cell": cell.name, "fingerprint": record["fingerprint"], **outcome.summary}

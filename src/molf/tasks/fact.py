@@ -142,7 +142,7 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
                 result["first_new"].append(float(pairs[0][0][0]))
                 result["first_true"].append(float(pairs[0][1][0]))
         result[f"{group}_logprob_new"], result[f"{group}_logprob_true"] = new_means, true_means
-    generated = lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens["fact"])
+    generated = lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens.fact)
     return pd.DataFrame(
         {
             "example_id": examples["example_id"].to_numpy(),

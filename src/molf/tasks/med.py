@@ -111,7 +111,7 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
     """
     prompts = examples["prompt"].tolist()
     logprobs = lm.choice_logprobs(prompts, [completion(letter) for letter in LETTERS])
-    generated = lm.generate(prompts, evaluation.max_new_tokens["med"])
+    generated = lm.generate(prompts, evaluation.max_new_tokens.med)
     likeliest = [LETTERS[i] for i in logprobs.argmax(axis=1)]
     letters = [parse_letter(text) for text in generated]
     answers = examples["answer"].tolist()

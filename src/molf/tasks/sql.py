@@ -97,7 +97,7 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
         example_id, prediction (query), query (gold), and execution_accuracy (0, 1, or NaN where `left_out` says why),
         exact_match, valid_sql (0 or 1); left_out (reason or None), gold_error, error (what SQLite said, or None).
     """
-    predictions = [text.strip() for text in lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens["sql"])]
+    predictions = [text.strip() for text in lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens.sql)]
     columns = [examples[name].tolist() for name in ("context", "query", "db_id", "database")]
     rows = []
     with SqlExecutor() as executor:
