@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from molf import base, sources, tiny
 from molf.config import ModelBlock, Params, check_params, read_yaml
@@ -190,3 +191,18 @@ def test_no_bar_of_a_library_is_drawn_where_nobody_watches() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+@pytest.mark.parametrize("change", ["renamed", "truncated", "of another shape"])
+def test_weights_that_do_not_fit_the_config_are_named(copy: Path, tmp_path: Path, change: str) -> None:
+    """transformers would fill them with random numbers and only warn."""
+    path = copy / "model.safetensors"
+    weights = load_file(path)
+    if change == "renamed":
+        save_file({f"other.{name}": value for name, value in weights.items()}, path, {"format": "pt"})
+    elif change == "of another shape":
+        save_file({name: value[:1].clone() for name, value in weights.items()}, path, {"format": "pt"})
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not in its safetensors files or|does not load as"):
+        base.build("mine", block(kind="path", path=str(copy)), tmp_path / "out")

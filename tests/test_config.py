@@ -1,5 +1,6 @@
 """params.yaml: every shipped configuration parses; every mistake is named, all at once."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,19 @@ def test_a_preset_keeps_blocks_of_ones_own(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(UserError, match="preset 'huge' is not known; there is tiny, gemma, paper"):
         presets.differences("huge")
+
+
+def test_files_that_lack_are_all_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = raw()
+    data["models"]["mine"] = {"kind": "path", "path": "no/model"}
+    data["tasks"]["med"]["source"] = {"kind": "file", "path": "no/rows.jsonl"}
+    data["grid"] |= {"models": ["mine"]}
+    (tmp_path / "params.yaml").write_text(json.dumps(data))
+    monkeypatch.chdir(tmp_path)
+    for command in ("check", "run"):
+        assert run([command]) == 2
+        said = capsys.readouterr().err
+        assert "models.mine.path: there is no no/model" in said
+        assert "tasks.med.source.path: there is no no/rows.jsonl" in said

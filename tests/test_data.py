@@ -316,3 +316,10 @@ def test_answers_of_the_real_med_file_counted_from_0_are_refused(shared_data: Pa
     path = shared_data / "med" / "train.jsonl.gz"
     with pytest.raises(UserError, match="`cop` seems to count from 1"):
         run("med", file_block("med", path, options={"first_option": 0}, max_rejected=0.02), tmp_path)
+
+
+def test_facts_take_no_test_split(tmp_path: Path) -> None:
+    """They are scored on what they train."""
+    task = block("fact", limits={"train": 20, "validation": 5, "test": 3})
+    with pytest.raises(UserError, match="limits.test: fact is scored on the facts that it trains"):
+        run("fact", task, tmp_path)

@@ -219,3 +219,20 @@ def test_log_probabilities_are_those_of_a_plain_forward(base: Path) -> None:
     assert choice.tolist() == pytest.approx([float(logprobs[2, 7]), float(logprobs[2, 13])], abs=1e-5)
     with pytest.raises(ValueError, match="apart"):
         lm.choice_logprobs(["w1"], [" w3 w4", " w5 w6"])
+
+
+def test_a_run_that_moved_nothing_fails(base: Path, tmp_path: Path) -> None:
+    """The only step of a run is the warm-up's first, whose rate is 0."""
+    with pytest.raises(RunError, match="1 optimizer steps, none with a learning rate above 0"):
+        cell(base, "fft", tmp_path, max_steps=1, warmup=0.5)
+
+
+def test_a_model_that_a_method_cannot_adapt_is_a_message(base: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = load_tokenizer(base)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="method molf does not fit this model: only nn.Linear"):
+        cell(tmp_path / "gpt2", "molf", tmp_path)
