@@ -177,8 +177,8 @@ def test_a_real_model_on_real_files(tmp_path: Path, shared_data: Path) -> None:
             "grid.tasks": ["fact"],
             "grid.methods": ["lora"],
             "tasks.fact.source.path": str((shared_data / "fact/counterfact.jsonl.gz").resolve()),
-            "tasks.fact.limits": {"train": 16, "validation": 4, "test": None},
-            "tasks.fact.training": {"max_length": 64, "epochs": 10},
+            "tasks.fact.limits": {"train": 48, "validation": 4, "test": None},
+            "tasks.fact.training": {"max_length": 64, "epochs": 4},
             "compare.bootstrap": 200,
         }
     )
@@ -189,7 +189,8 @@ def test_a_real_model_on_real_files(tmp_path: Path, shared_data: Path) -> None:
         json.loads((cell / f"{method}/seed-0/evaluation/metrics.json").read_text())["metrics"]
         for method in ("base", "lora")
     )
-    assert before["efficacy"] <= 0.5 < after["efficacy"]
+    print(before, after)
+    assert after["efficacy"] > before["efficacy"] + 0.3
     folder = tmp_path / "published"
     project.run("molf", "publish", str(folder))
     assert "Time of each cell" in (folder / "tables.md").read_text()
