@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -19,7 +18,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from molf.paths import read_json
+from molf.paths import own_tools, read_json
 from molf.report.page import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,12 +44,10 @@ def stream(command: list[str], show: Callable[[str], object]) -> str:
     Raises:
         StageFailed: The command did not exit with 0.
     """
-    # The tools are those of this environment, whoever starts the flow from wherever.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**own_tools(), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

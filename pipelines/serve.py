@@ -31,27 +31,26 @@ def nightly() -> dict[str, Any]:
 
 
 def start_server(port: int) -> subprocess.Popen[bytes]:
-    """Starts Prefect's server on the loopback address and waits until it answers.
+    """Starts Prefect's server on the loopback address; `wait_for` tells when it answers."""
+    prefect = Path(sys.executable).with_name("prefect")
+    return subprocess.Popen(
+        [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)], stdin=subprocess.DEVNULL
+    )
+
+
+def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    """Returns once the server answers.
 
     Raises:
         SystemExit: It ended, or did not answer in time.
     """
-    prefect = Path(sys.executable).with_name("prefect")
-    server = subprocess.Popen(
-        [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)], stdin=subprocess.DEVNULL
-    )
     end = time.monotonic() + STARTUP
-    try:
-        while time.monotonic() < end and server.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5):
-                    return server
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
-    except KeyboardInterrupt:
-        server.terminate()
-        raise
-    server.terminate()
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
     raise SystemExit(f"failed: Prefect's server does not answer on port {port}; is the port taken? try --port")
 
 
@@ -75,7 +74,8 @@ def run_deployment(cron: str, timezone: str) -> None:
 
 def end(runner: SpawnProcess) -> None:
     """Ends the runner and the flow runs that it started: SIGTERM, by which a flow ends its stages, then SIGKILL."""
-    assert runner.pid is not None, "it was started"
+    if runner.pid is None:  # never started
+        return
     for number in (signal.SIGTERM, signal.SIGKILL):
         # Prefect's runner at times never comes back from a SIGTERM that meets the end of a flow run.
         with contextlib.suppress(ProcessLookupError):
@@ -101,6 +101,7 @@ def main() -> None:
     try:
         if "PREFECT_API_URL" not in os.environ:
             server = start_server(options.port)
+            wait_for(server, options.port)
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{options.port}/api"
             print(f"Prefect: http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
         runner.start()
@@ -111,8 +112,7 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if runner.pid is not None:
-            end(runner)
+        end(runner)
         if server is not None:
             server.terminate()
             server.wait(timeout=GRACE)

@@ -1,15 +1,15 @@
 """A project of its own for tests that run the real stages, and the real files where they are."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+
+from molf.paths import own_tools
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "../shared/data"
@@ -63,8 +63,7 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, **QUIET, "PATH": path, "PYTHONPATH": str(self.root / "src")}
+        return {**own_tools(), **QUIET, "PYTHONPATH": str(self.root / "src")}
 
     def run(self, *command: str, code: int | None = 0) -> str:
         """Runs a command in the project.

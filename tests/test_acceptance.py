@@ -189,8 +189,7 @@ def test_a_real_model_on_real_files(tmp_path: Path, shared_data: Path) -> None:
         json.loads((cell / f"{method}/seed-0/evaluation/metrics.json").read_text())["metrics"]
         for method in ("base", "lora")
     )
-    print(before, after)
-    assert after["efficacy"] > before["efficacy"] + 0.3
+    assert after["efficacy"] > before["efficacy"] + 0.3, (before, after)
     folder = tmp_path / "published"
     project.run("molf", "publish", str(folder))
     assert "Time of each cell" in (folder / "tables.md").read_text()

@@ -5,11 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from molf.config import SHA, GgufModel, HubModel, ModelBlock, PathModel, TinyModel
 from molf.errors import UserError
-from molf.models import INFO, check_folder, file_hash, first_line, load_model
+from molf.models import INFO, check_folder, file_hash, first_line, load_model, weight_dtype
 from molf.paths import write_json
 from molf.sources import pinned
 
@@ -42,13 +40,12 @@ def build(name: str, block: ModelBlock, directory: Path) -> dict[str, Any]:
             info |= tiny.build(directory, **block.model_dump(exclude={"kind", "path"}), progress=True)
         case PathModel():
             _copy_checkpoint(Path(block.path), directory, f"models.{name}.path")
-            load_model(directory, torch.bfloat16)  # weights that do not fit show here and not in the first cell
         case GgufModel():
             info |= _convert_gguf(name, block, directory)
         case HubModel():
             info |= {"id": block.id, "revision": _download(name, block, directory)}
-            load_model(directory, torch.bfloat16)
     check_folder(directory, f"models.{name}")
+    load_model(directory, weight_dtype("bfloat16"))  # weights that do not fit show here and not in the first cell
     # Not how long it took: the same model made again must be the same files, or every cell would be trained again.
     write_json(directory / INFO, {key: value for key, value in info.items() if key != "seconds"})
     return info

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
 from molf.errors import RunError, UserError, main
-from molf.paths import REPORTS, read_json
+from molf.paths import REPORTS, own_tools, read_json
 
 
 def entry() -> None:
@@ -92,12 +92,6 @@ def lacking(params: Params) -> None:
     ]
     if problems:
         raise UserError(problems)
-
-
-def own_tools() -> dict[str, str]:
-    """The environment in which `dvc` and `mlflow` are those installed beside this program, activated or not."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path}
 
 
 def show() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -422,6 +423,11 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
+def untrained_fingerprint(model_hash: str) -> str:
+    """What stands for a training's fingerprint where there was none: the base model as it came."""
+    return fingerprint("untrained", model_hash)
+
+
 def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
     """Problems that no single field shows. Works on raw data, so that they are reported beside the fields' own."""
     grid = raw.get("grid")
@@ -435,13 +441,11 @@ def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
     if isinstance(grid, dict) and all(isinstance(grid.get(axis), list) for axis in Grid.model_fields):
         keys: dict[str, tuple[Any, ...]] = {}
         axes = [[name for name in grid[axis] if isinstance(name, str)] for axis in ("models", "tasks", "methods")]
-        for model in axes[0]:
-            for task in axes[1]:
-                for method in axes[2]:
-                    key = f"{model}-{task}-{method}"
-                    other = keys.setdefault(key, (model, task, method))
-                    if other != (model, task, method):
-                        yield f"grid: {other} and {(model, task, method)} both make the stage name {key}; rename one"
+        for names in product(*axes):
+            key = "-".join(names)
+            other = keys.setdefault(key, names)
+            if other != names:
+                yield f"grid: {other} and {names} both make the stage name {key}; rename one"
     training, tasks = raw.get("training"), raw.get("tasks")
     for name, task in tasks.items() if isinstance(tasks, dict) else ():
         overrides = task.get("training") if isinstance(task, dict) else None

@@ -177,9 +177,10 @@ def _split(
         return part
 
     if block.kind == "fact":
-        given = [what for what, has in (("source: a test split", "test" in pools), ("limits.test", limits.test)) if has]
-        if given:
-            raise UserError(f"tasks.{name}.{given[0]}: fact is scored on the facts that it trains; leave it out")
+        given = {"source: a test split": "test" in pools, "limits.test": limits.test}
+        if any(given.values()):
+            why = "fact is scored on the facts that it trains; leave it out"
+            raise UserError([f"tasks.{name}.{what}: {why}" for what, has in given.items() if has])
         # Trained and scored on the same facts by definition; tuned on others, so the facts are drawn first.
         if "validation" in pools:
             facts, others = pool.head(limits.train or len(pool)), pools["validation"]

@@ -1,7 +1,8 @@
-"""Where every part of a comparison lies on disk, and writes that a reader never sees half done."""
+"""Where every part of a comparison and its tools lie on disk, and writes that a reader never sees half done."""
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class Cell:
         """
         model, task, method, seed = name.split("/")
         return cls(model, task, method, int(seed.removeprefix("seed-")))
+
+
+def own_tools() -> dict[str, str]:
+    """The environment in which `dvc` and `mlflow` are those installed beside this program, activated or not."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def atomic(path: Path, write: Callable[[Path], object]) -> None:

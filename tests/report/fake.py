@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from molf.config import Params, cell_config, check_params, fingerprint
+from molf.config import Params, cell_config, check_params, fingerprint, untrained_fingerprint
 from molf.paths import Cell, write_json, write_parquet
 
 EXAMPLES = 40
@@ -93,7 +93,7 @@ def write_tree(root: Path, raw: dict[str, Any]) -> Params:
     for cell in params.cells():
         write_cell(root, params, cell)
     for task in params.grid.tasks:
-        write_evaluation(root, Cell("tiny", task, "base", 0), task, fingerprint("untrained", "hash-of-tiny"), params)
+        write_evaluation(root, Cell("tiny", task, "base", 0), task, untrained_fingerprint("hash-of-tiny"), params)
     return params
 
 

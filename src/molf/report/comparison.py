@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from molf.config import Params, cell_config, fingerprint
+from molf.config import Params, cell_config, fingerprint, untrained_fingerprint
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, PREPARED, Cell, read_json
 from molf.report import statistics
@@ -201,7 +201,8 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Mapping[str, Any]], roo
         if len(set(hashes.values())) > 1:
             shown = ", ".join(f"{name} {value[:12]}" for name, value in hashes.items())
             yield f"{where}: trained on unlike {what}: {shown}"
-    data = next(iter(cells.values()))["run"]["data"]["hash"]
+    first = next(iter(cells.values()))["run"]
+    data = first["data"]["hash"]
     for cell, found in cells.items():
         if found["metrics"]["data_hash"] != found["run"]["data"]["hash"]:
             yield f"{cell.name}: trained and evaluated on unlike data"
@@ -211,13 +212,12 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Mapping[str, Any]], roo
     base = _base(model, task, root)
     if base and base["metrics"]["data_hash"] != data:
         yield f"{where}: the untrained model was evaluated on other data than the methods"
-    trained_from = fingerprint("untrained", next(iter(cells.values()))["run"]["model"]["hash"])
-    if base and base["metrics"]["train_fingerprint"] != trained_from:
+    if base and base["metrics"]["train_fingerprint"] != untrained_fingerprint(first["model"]["hash"]):
         yield f"{where}: the scores of the untrained model are of another model than the methods started from"
-    evaluations = [found["metrics"] for found in [*cells.values(), *([base] if base else [])]]
-    if len({(fingerprint(metrics["evaluation"]), metrics["code"]) for metrics in evaluations}) > 1:
+    scored = [*cells.values(), *([base] if base else [])]
+    if len({fingerprint(found["metrics"]["evaluation"], found["metrics"]["code"]) for found in scored}) > 1:
         yield f"{where}: the cells and the untrained model were not all evaluated by the same code and params"
-    examples = [list(found["predictions"]["example_id"]) for found in [*cells.values(), *([base] if base else [])]]
+    examples = [list(found["predictions"]["example_id"]) for found in scored]
     if any(ids != examples[0] for ids in examples):
         yield f"{where}: the cells were evaluated on unlike examples"
 

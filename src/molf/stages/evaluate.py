@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 
-from molf.config import fingerprint, load_params
+from molf.config import fingerprint, load_params, untrained_fingerprint
 from molf.errors import main
 from molf.paths import BASE_METHOD, MODELS, PREPARED, Cell, read_json, write_json, write_parquet
 
@@ -27,7 +27,7 @@ def run() -> None:
     data = read_json(PREPARED / cell.task / "summary.json")
     scratch = None
     if cell.method == BASE_METHOD:
-        trained = fingerprint("untrained", models.describe(base)["hash"])
+        trained = untrained_fingerprint(models.describe(base)["hash"])
         network = models.load_model(base, models.weight_dtype(budget.dtype))
     else:
         trained = read_json(cell.results / "train" / "run.json")["fingerprint"]
