@@ -296,9 +296,21 @@ class Training(Block):
     schedule: Literal["cosine", "linear", "constant"]
     warmup: Fraction  # share of the steps
     max_grad_norm: Positive
-    dtype: Literal["auto", "float32", "bfloat16"]  # auto: float32 weights; on CUDA under bfloat16 autocast
-    threads: Count | None  # CPU threads of a cell; null takes what torch finds
+    # auto: float32 weights; on CUDA under bfloat16 autocast. bfloat16: nothing else, updates rounded stochastically.
+    dtype: Literal["auto", "float32", "bfloat16"]
+    moments: Literal["float32", "8bit"]  # precision of AdamW's moments; 8bit: blocks of 256 share a scale
+    threads: Count | None  # CPU threads of each process of a cell; null takes what torch finds
+    processes: Count  # that train one cell together
+    sharding: Literal["auto", "ddp", "fsdp"]  # auto: ddp where a process's memory holds the whole cell, else fsdp
     keep: Literal["all", "adapter-only", "none"]  # which weights stay after the evaluation
+
+
+class Checkpoint(Block):
+    """How a training is kept from loss; changes no result, so a change here re-runs nothing."""
+
+    minutes: Positive | None  # at most so long between two checkpoints
+    steps: Count | None  # likewise in optimizer steps; both null: one only when a training is interrupted
+    keep: Count  # the newest so many stay
 
 
 class NewTokens(Block):
@@ -331,6 +343,7 @@ class Params(Block):
     tasks: dict[str, TaskBlock]
     methods: dict[str, MethodBlock]
     training: Training
+    checkpoint: Checkpoint
     evaluation: Evaluation
     compare: Compare
     tracking: Tracking

@@ -276,7 +276,7 @@ def train(
     model = load_model(base, weight_dtype(training.dtype))
     try:
         model = method.prepare(model, block)
-        optimizer = method.optimizer(model, block)
+        optimizer = method.optimizer(model, block, training)
     except ValueError as error:
         raise UserError(f"method {block.kind} does not fit this model: {error}") from None
     trained, total = parameter_counts(model)

@@ -1,11 +1,11 @@
 """The adaptation methods, one file each, every file the same functions in the same order.
 
-prepare(model, block) -> model          what is trained, what is frozen
-optimizer(model, block) -> Optimizer    with its parameter groups
-before_clip(model) -> None              after an optimizer step's last backward, before gradients are clipped
-routed(block) -> bool                   whether the optimizer routes, so that a record of it must exist
-save(model, directory, base) -> None    weights or adapter, safetensors only
-load(base, directory, dtype) -> model   the trained model, ready to be asked
+prepare(model, block) -> model              what is trained, what is frozen
+optimizer(model, block, training) -> ...    with its parameter groups, in the precision that `training` asks for
+before_clip(model) -> None                  after an optimizer step's last backward, before gradients are clipped
+routed(block) -> bool                       whether the optimizer routes, so that a record of it must exist
+save(model, directory, base) -> None        weights or adapter, safetensors only
+load(base, directory, dtype) -> model       the trained model, ready to be asked
 """
 
 from types import ModuleType

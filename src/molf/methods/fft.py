@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from molf.config import FftMethod
+from molf.config import FftMethod, Training
 from molf.models import load_model
 
 
@@ -14,7 +14,7 @@ def prepare(model: PreTrainedModel, block: FftMethod) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
-def optimizer(model: PreTrainedModel, block: FftMethod) -> torch.optim.Optimizer:
+def optimizer(model: PreTrainedModel, block: FftMethod, training: Training) -> torch.optim.Optimizer:
     """AdamW; biases and norms are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

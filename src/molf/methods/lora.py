@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from molf.config import LoraMethod
+from molf.config import LoraMethod, Training
 from molf.models import load_model
 
 
@@ -27,7 +27,7 @@ def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
     return cast(PreTrainedModel, get_peft_model(model, config, autocast_adapter_dtype=False))
 
 
-def optimizer(model: PreTrainedModel, block: LoraMethod) -> torch.optim.Optimizer:
+def optimizer(model: PreTrainedModel, block: LoraMethod, training: Training) -> torch.optim.Optimizer:
     """AdamW on the adapter."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=block.learning_rate, weight_decay=block.weight_decay, eps=1e-8, fused=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from molf.config import MolfMethod
+from molf.config import MolfMethod, Training
 from molf.models import load_model
 from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
 from molf.optim import MoLFAdamW, molf_param_groups
@@ -27,7 +27,7 @@ def prepare(model: PreTrainedModel, block: MolfMethod) -> PreTrainedModel:
     return model
 
 
-def optimizer(model: PreTrainedModel, block: MolfMethod) -> torch.optim.Optimizer:
+def optimizer(model: PreTrainedModel, block: MolfMethod, training: Training) -> torch.optim.Optimizer:
     """The routed AdamW."""
     groups = molf_param_groups(
         model,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from molf.config import MolfEfficientMethod
+from molf.config import MolfEfficientMethod, Training
 from molf.methods import lora
 from molf.nn import MoLFConfig, apply_molf, save_peft_adapter
 from molf.optim import MoLFAdamW, molf_param_groups
@@ -25,7 +25,7 @@ def prepare(model: PreTrainedModel, block: MolfEfficientMethod) -> PreTrainedMod
     return apply_molf(model, config)
 
 
-def optimizer(model: PreTrainedModel, block: MolfEfficientMethod) -> torch.optim.Optimizer:
+def optimizer(model: PreTrainedModel, block: MolfEfficientMethod, training: Training) -> torch.optim.Optimizer:
     """The routed AdamW over the experts."""
     groups = molf_param_groups(
         model,
