@@ -1,4 +1,4 @@
-"""A project of its own for tests that run the real stages, and the real files where they are."""
+"""A project of its own for tests that run the real stages, the real files where they are, a random model and rows."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
@@ -13,6 +14,7 @@ from molf.paths import own_tools
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "../shared/data"
+WORDS = [f"w{i}" for i in range(40)]  # of the `base` fixture's tokenizer
 QUIET = {
     "DVC_NO_ANALYTICS": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -124,3 +126,38 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the real data sets (../shared/data) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model with a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def frame(rows: int = 24) -> pd.DataFrame:
+    prompts = [f"w{i % 13} w{i % 7} w{(3 * i) % 11}" + " w1" * (i % 4) for i in range(rows)]
+    return pd.DataFrame({"prompt": prompts, "completion": [f" w{20 + i % 5}" + " w2" * (i % 3) for i in range(rows)]})

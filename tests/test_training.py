@@ -1,56 +1,20 @@
-"""The training loop: encoding, the loss on supervised positions, the same batches for every method."""
+"""The training loop: the loss on supervised positions, the same batches for every method."""
 
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
+from molf.batches import Collator, encode_examples
 from molf.config import check_params, read_yaml
-from molf.encoding import IGNORED, left_pad
+from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
 from molf.evaluation import LanguageModel
 from molf.methods import METHODS
 from molf.models import folder_hash, load_model, load_tokenizer
-from molf.training import Collator, Outcome, completion_loss, encode_examples, train, warmup_steps
-
-ROOT = Path(__file__).parents[1]
-WORDS = [f"w{i}" for i in range(40)]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer model with a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def frame(rows: int = 24) -> pd.DataFrame:
-    prompts = [f"w{i % 13} w{i % 7} w{(3 * i) % 11}" + " w1" * (i % 4) for i in range(rows)]
-    return pd.DataFrame({"prompt": prompts, "completion": [f" w{20 + i % 5}" + " w2" * (i % 3) for i in range(rows)]})
+from molf.training import Outcome, completion_loss, train, warmup_steps
+from tests.conftest import ROOT, frame
 
 
 def cell(base: Path, method: str, tmp_path: Path, **budget: Any) -> Outcome:
@@ -61,31 +25,6 @@ def cell(base: Path, method: str, tmp_path: Path, **budget: Any) -> Outcome:
     return train(
         base, frame(), params.methods[method], params.training, 3, tmp_path / f"weights-{method}", tmp_path / "scratch"
     )
-
-
-def test_prompt_and_completion_are_encoded_apart_with_bos_and_eos(base: Path) -> None:
-    tokenizer = load_tokenizer(base)
-    row = encode_examples(tokenizer, frame(1), 32)[0]
-    assert tokenizer.convert_ids_to_tokens(row["prompt"]) == ["<s>", "w0", "w0", "w0"]
-    assert tokenizer.convert_ids_to_tokens(row["completion"]) == ["w20", "</s>"]
-
-
-def test_long_examples_are_dropped_whole_and_counted(base: Path) -> None:
-    tokenizer = load_tokenizer(base)
-    all_rows, short = encode_examples(tokenizer, frame(), 32), encode_examples(tokenizer, frame(), 7)
-    lengths = [len(row["prompt"]) + len(row["completion"]) for row in all_rows.rows]
-    assert all_rows.dropped_too_long == 0
-    assert short.dropped_too_long == sum(length > 7 for length in lengths) > 0
-    assert [row for row in all_rows.rows if len(row["prompt"]) + len(row["completion"]) <= 7] == short.rows
-    with pytest.raises(UserError, match="training.max_length: 2 tokens leave none of the 24 examples"):
-        encode_examples(tokenizer, frame(), 2)
-
-
-def test_padding_is_left_and_positions_count_from_the_first_real_token() -> None:
-    batch = left_pad([[5, 6, 7], [8]], pad_id=2)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [2, 2, 8]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
 def test_the_loss_equals_that_of_the_head_on_every_position(base: Path) -> None:
