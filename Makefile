@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install run check test lint acceptance gemma ui flow serve clean
+.PHONY: help install run check test lint acceptance bench gemma ui flow serve clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -46,6 +46,9 @@ test: lint ## ruff, type checker, tests
 
 acceptance: $(GEMMA) ## the whole pipeline, browser, servers, real data
 	pytest -m acceptance
+
+bench: $(STAMP) ## speed and memory beside plain fine-tuning's, one table (minutes; wants a quiet machine)
+	@python -m benchmarks
 
 gemma: $(GEMMA) ## install what the preset gemma needs (240 MB, Gemma terms)
 

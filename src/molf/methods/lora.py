@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from molf.config import LoraMethod, Training
 from molf.models import load_model
-from molf.optim import plain_adamw
 
 
 def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
@@ -30,7 +29,8 @@ def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
 
 def optimizer(model: PreTrainedModel, block: LoraMethod, training: Training) -> torch.optim.Optimizer:
     """AdamW on the adapter."""
-    return plain_adamw(model.parameters(), block.learning_rate, block.weight_decay, training.moments)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=block.learning_rate, weight_decay=block.weight_decay, eps=1e-8, fused=True)
 
 
 def before_clip(model: PreTrainedModel) -> None:
