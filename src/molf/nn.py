@@ -123,12 +123,13 @@ class MoLFLinear(nn.Module):
     @torch.no_grad()
     def derive_gradients(self) -> None:
         """Sets the experts' gradients from that of the effective weight; does nothing while there is none."""
-        g = self.weight.grad
-        if g is None or not self.is_effective:
+        if self.weight.grad is None or not self.is_effective:
             return
+        g = local(self.weight.grad)
         for s, a, b in zip(self.scaling, self.lora_A, self.lora_B, strict=True):
-            b.grad = (g @ a.T).mul_(s)
-            a.grad = (b.T @ g).mul_(s)
+            b.grad = like_shard(torch.mm(g, whole(a).T).mul_(s), b)
+            # Over the rows that this process holds; summed over the others'.
+            a.grad = like_shard(torch.mm(local(b).T, g).mul_(s), a, summed=True)
 
     def _after_backward(self, _: Tensor) -> None:
         if not self.deferred:
@@ -270,6 +271,40 @@ def save_peft_adapter(model: nn.Module, directory: Path, base_model_name_or_path
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: itself, or its shard where it is a DTensor (FSDP2)."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor: itself, or its shards gathered where it is a DTensor."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def like_shard(tensor: Tensor, parameter: Tensor, summed: bool = False) -> Tensor:
+    """A gradient as its parameter lies: as it is, or as a DTensor of the same placement.
+
+    Args:
+        tensor: This process's rows; with `summed` all rows, of which every process has a part of the sum.
+        parameter: Plain, or a DTensor that is sharded by rows.
+        summed: As above.
+    """
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if summed:
+        partial = [Partial() if placement.is_shard() else placement for placement in placements]
+        return DTensor.from_local(tensor, mesh, partial, run_check=False).redistribute(placements=placements)
+    return DTensor.from_local(
+        tensor, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def _lora_weight(scaling: list[float], a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -1,6 +1,10 @@
-"""Routed AdamW: every expert's moments move in every step, only the winners' weights do (arXiv 2605.07111)."""
+"""Routed AdamW: every expert's moments move in every step, only the winners' weights do (arXiv 2605.07111).
 
-from collections.abc import Callable, Iterator
+The arithmetic is in kernels.py; here is who owns which parameter, who wins, and what that does to an effective weight.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from molf.nn import expert_names, molf_modules, other_parameters
+from molf import kernels
+from molf.kernels import Moment, Rule
+from molf.nn import expert_names, local, molf_modules, other_parameters, whole
+
+Precision = Literal["float32", "8bit"]
+
+# Elements from which compiling the arithmetic for the host pays: less is done before the compiler is.
+WORTH_COMPILING = 1 << 24
+PRODUCT_ROWS = 256  # of a bfloat16 weight that are widened at once
 
 
 class Routing(NamedTuple):
@@ -17,17 +29,18 @@ class Routing(NamedTuple):
     step: int  # 1 for the first
     modules: tuple[str, ...]
     experts: tuple[str, ...]
-    scores: Tensor  # (modules, experts), on the parameters' device
+    scores: Tensor  # (modules, experts), float64, on the parameters' device
     winners: Tensor  # (modules, experts), bool
     rates: tuple[float, ...]  # learning rate of each expert
 
 
 @dataclass
 class Expert:
-    """The parameters of one expert of one module, all of one group."""
+    """One expert of one module: a run of parameters in a group."""
 
     group: int
-    params: list[nn.Parameter]
+    start: int
+    count: int
     decayed: list[bool]
 
 
@@ -79,51 +92,254 @@ def molf_param_groups(
         group["scaling"] = {name: module.scaling[index - module.train_base] for name, module in modules}
         group["effective"] = [name for name, module in modules if module.is_effective]
         groups.append(group)
-    others = list(other_parameters(model))
-    decayed = [p for p in others if p.ndim >= 2]
-    plain = [p for p in others if p.ndim < 2]
-    if decayed:
-        groups.append({"params": decayed, "kind": "other", "lr": lr, "weight_decay": weight_decay})
-    if plain:
-        groups.append({"params": plain, "kind": "other", "lr": lr, "weight_decay": 0.0})
-    return groups
+    return groups + plain_param_groups(other_parameters(model), lr, weight_decay)
 
 
-# Elements of a block on the host: what one operation leaves of it is in the cache when the next one needs it.
-BLOCK = 1 << 15
+def plain_param_groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Up to two groups, of decayed parameters and of biases and norms, which are not.
+
+    Args:
+        parameters: All that are trained so.
+        lr: Learning rate of both.
+        weight_decay: Of the first.
+    """
+    parameters = list(parameters)
+    decayed = [p for p in parameters if p.ndim >= 2]
+    plain = [p for p in parameters if p.ndim < 2]
+    groups = [(decayed, weight_decay), (plain, 0.0)]
+    return [{"params": p, "kind": "other", "lr": lr, "weight_decay": decay} for p, decay in groups if p]
 
 
-def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of tensors of one shape: a cacheful at a time on the host, all at once on a device."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= BLOCK:
-        yield tensors
-    else:
-        rows = max(1, BLOCK * len(first) // first.numel())
-        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def plain_adamw(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, moments: Precision
+) -> torch.optim.Optimizer:
+    """AdamW without routing: torch's own fused one where it keeps float32, else ours.
+
+    Args:
+        parameters: Those without `requires_grad` are left out.
+        lr: Learning rate.
+        weight_decay: Biases and norms are not decayed.
+        moments: As `AdamW`'s.
+    """
+    groups = plain_param_groups((p for p in parameters if p.requires_grad), lr, weight_decay)
+    if moments == "float32" and all(p.dtype == torch.float32 for group in groups for p in group["params"]):
+        return torch.optim.AdamW(groups, eps=1e-8, fused=True)
+    return AdamW(groups, eps=1e-8, moments=moments)
 
 
-def accumulate(gradient: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float]) -> None:
-    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, in the moments' precision."""
-    gradient = gradient.to(m.dtype)
-    m.lerp_(gradient, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+class AdamW(torch.optim.Optimizer):
+    """AdamW with moments of a precision of their own, whatever the weights'; bfloat16 weights round stochastically.
+
+    Args:
+        params: Groups with `params`, `lr` and `weight_decay` (`plain_param_groups`).
+        betas: Of the moments.
+        eps: Added to the root of the second moment.
+        moments: `float32` (float64 for float64 parameters) or `8bit`: codes in blocks of 256 that share a scale, for
+            parameters of at least 4,096 elements; needs torchao.
+        compile: Whether the host's arithmetic is compiled; None decides by size. What cannot be compiled runs as it is.
+
+    Raises:
+        ValueError: A value is out of range, or torchao is needed and lacks.
+    """
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        moments: Precision = "float32",
+        compile: bool | None = None,
+        **defaults: Any,
+    ) -> None:
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
+            raise ValueError(f"betas={betas}, eps={eps}: betas lie in [0, 1) and eps is above 0")
+        if moments not in ("float32", "8bit"):
+            raise ValueError(f"moments is {moments!r}; allowed: float32, 8bit")
+        if moments == "8bit":
+            kernels.codebooks(torch.device("cpu"))
+        self.moments, self.compile, self._compiler_proven = moments, compile, False
+        super().__init__(params, {"betas": tuple(betas), "eps": eps, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            self._plain(group)
+        return loss
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter (zeros), as the first step would: what a checkpoint is read into."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state(parameter)
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            # Codes come in blocks of elements; shards are cut by rows, so theirs stay values.
+            coded = self.moments == "8bit" and local(parameter) is parameter and kernels.fits_codes(parameter)
+            for name in ("exp_avg", "exp_avg_sq"):
+                dtype = torch.uint8 if coded else torch.promote_types(parameter.dtype, torch.float32)
+                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                if coded:
+                    state[f"{name}_scale"] = torch.zeros(
+                        parameter.numel() // kernels.CODES_PER_SCALE, device=parameter.device
+                    )
+        return state
+
+    def _moment(self, parameter: Tensor, name: str) -> Moment:
+        state = self.state[parameter]
+        scale = state.get(f"{name}_scale")
+        return local(state[name]) if scale is None else (state[name], scale)
+
+    def _books(self, parameter: Tensor) -> kernels.Codebooks | None:
+        coded = "exp_avg_scale" in self.state[parameter]
+        return kernels.codebooks(parameter.device) if coded else None
+
+    def _plain(self, group: dict[str, Any]) -> None:
+        """AdamW on a group: torch's own fused one where it keeps the moments' precision, else ours."""
+        params = [p for p in group["params"] if p.grad is not None]
+        states = [self._state(p) for p in params]
+        own = [p.dtype not in (torch.float32, torch.float64) or "exp_avg_scale" in self.state[p] for p in params]
+        fused = [(p, state) for p, state, mine in zip(params, states, own, strict=True) if not mine]
+        if fused:
+            adamw(
+                [local(p) for p, _ in fused],
+                [local(p.grad) for p, _ in fused],
+                [local(state["exp_avg"]) for _, state in fused],
+                [local(state["exp_avg_sq"]) for _, state in fused],
+                [],
+                [torch.full((), float(state["step"]), device=p.device) for p, state in fused],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=float(group["lr"]),
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for _, state in fused:
+                state["step"] += 1
+        for parameter, mine in zip(params, own, strict=True):
+            if mine:
+                self._advance([parameter], group, None)
+                self._move([parameter], [True], group)
+
+    def _advance(self, params: Sequence[Tensor], group: dict[str, Any], score: str | None) -> list[list[Tensor]]:
+        """Moves the moments of parameters by their gradients; returns the parts of each one's score sum."""
+        parts: list[list[Tensor]] = [[] for _ in params]
+        heads: list[tuple[int, kernels.Slab, kernels.Codebooks | None]] = []
+        beta1, beta2 = group["betas"]
+        constants = (beta1, beta2, group["eps"], score)
+        for index, parameter in enumerate(params):
+            assert parameter.grad is not None  # the caller saw to it
+            self._state(parameter)["step"] += 1
+            m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
+            books = self._books(parameter)
+            for position, slab in enumerate(kernels.slabs(local(parameter), local(parameter.grad), m, v)):
+                if slab is None:
+                    continue
+                if position == 0 and self._compiles(parameter):
+                    heads.append((index, slab, books))
+                    continue
+                for block in kernels.blocks(slab):
+                    assert block.gradient is not None
+                    parts[index] += kernels.advance([block.gradient], [block.m], [block.v], *constants, books)
+        # One call takes all parameters of one kind of state, since a call costs as much as a small parameter's work.
+        for books in dict.fromkeys(books for _, _, books in heads):
+            chosen = [(index, slab) for index, slab, own in heads if own is books]
+            lists = [[slab.gradient for _, slab in chosen], [slab.m for _, slab in chosen], [s.v for _, s in chosen]]
+            sums = self._call(kernels.advance, lists, constants, books)
+            for (index, _), part in zip(chosen, sums, strict=False):
+                parts[index].append(part)
+        return parts
+
+    def _move(
+        self,
+        params: Sequence[Tensor],
+        decayed: Sequence[bool],
+        group: dict[str, Any],
+        wins: Tensor | None = None,
+    ) -> None:
+        """p <- p (1 - eta lambda), then p <- p - eta m_hat / (sqrt v_hat + eps), with bias-corrected moments.
+
+        With a bool scalar `wins` on a device, only if it holds: nothing is read back to the host.
+        """
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        step = self.state[params[0]]["step"]
+        rule = Rule(
+            keep=1 - lr * group["weight_decay"],
+            rate=lr / (1 - beta1**step),
+            root=(1 - beta2**step) ** -0.5,
+            eps=group["eps"],
+            seed=step * 0x9E3779B1,
+        )
+        heads = []
+        for index, (parameter, decays) in enumerate(zip(params, decayed, strict=True)):
+            weight, books = local(parameter), self._books(parameter)
+            # A view of a strided parameter would be a copy, and the step lost.
+            target = weight if weight.is_contiguous() else weight.contiguous()
+            old = weight.clone() if wins is not None else weight
+            m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
+            own = rule._replace(keep=rule.keep if decays else 1.0, seed=rule.seed + index * 0x85EBCA6B)
+            for position, slab in enumerate(kernels.slabs(target, None, m, v)):
+                if slab is None:
+                    continue
+                if position == 0 and target is weight and self._compiles(parameter):
+                    heads.append((slab, own, books))
+                    continue
+                for block in kernels.blocks(slab):
+                    seeds = [own.seed + block.first]
+                    kernels.move(
+                        [block.weight], [block.m], [block.v], [own.keep], own.rate, own.root, own.eps, seeds, books
+                    )
+            if target is not weight:
+                weight.copy_(target)
+            if wins is not None:
+                weight.copy_(torch.where(wins, weight, old))
+        for books in dict.fromkeys(books for _, _, books in heads):
+            lists = _arguments([(slab, own) for slab, own, its in heads if its is books])
+            self._call(kernels.move, lists[:3], lists[3:], books)
+
+    def _compiles(self, parameter: Tensor) -> bool:
+        """Whether a parameter's arithmetic is compiled; decided once, by all of them."""
+        if self.compile is None:
+            size = sum(local(p).numel() for group in self.param_groups for p in group["params"])
+            self.compile = size >= WORTH_COMPILING and kernels.compiler_is_there()
+        return self.compile and parameter.device.type == "cpu" and parameter.dtype != torch.float64
+
+    def _call(self, function: Callable[..., Any], lists: Any, constants: Any, books: kernels.Codebooks | None) -> Any:
+        """A kernel compiled; as it is, with a warning, where the compiler turns out not to work."""
+        if self._compiler_proven:
+            return kernels.compiled(function)(*lists, *constants, books)
+        try:
+            kernels.mark_rows(*lists)
+            result = kernels.compiled(function)(*lists, *constants, books)
+            self._compiler_proven = function is kernels.move
+            return result
+        except Exception as error:  # whatever a compiler that lacks or fails raises, before anything has moved
+            line = next(iter(str(error).splitlines()), "")[:200]
+            warnings.warn(f"the optimizer runs uncompiled and slower: {type(error).__name__}: {line}", stacklevel=2)
+            self.compile, self._compiler_proven = False, True
+            return function(*lists, *constants, books)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the state in the precision it was saved in: torch would cast it to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    own = torch.promote_types(parameter.dtype, torch.float32) if value.is_floating_point() else None
+                    dtype = torch.float32 if name.endswith("_scale") else own or value.dtype
+                    self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
 
 
-def epd(m: Tensor, ratio: Tensor) -> Tensor:
-    """Sum of m^2 / (sqrt v + eps) over one parameter: expected preconditioned descent, before eta / N."""
-    return torch.dot(m.flatten(), ratio.flatten())
-
-
-def pfn(m: Tensor, ratio: Tensor) -> Tensor:
-    """Sum of (m / (sqrt v + eps))^2 over one parameter: preconditioned Frobenius norm, before the root of its mean."""
-    return torch.dot(ratio.flatten(), ratio.flatten())
-
-
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"epd": epd, "pfn": pfn}
-
-
-class MoLFAdamW(torch.optim.Optimizer):
+class MoLFAdamW(AdamW):
     """AdamW that moves, in each module, only the experts with the highest scores (DESIGN.md section 2).
 
     Args:
@@ -132,9 +348,12 @@ class MoLFAdamW(torch.optim.Optimizer):
         eps: Added to the root of the second moment.
         top_k: Experts that win in each module and step.
         score: `epd` (S = eta / N sum m^2 / (sqrt v + eps)) or `pfn` (S = sqrt(1 / N sum (m / (sqrt v + eps))^2)).
+        moments: As `AdamW`'s.
+        compile: As `AdamW`'s.
 
-    Moments are kept in float32 (float64 for float64 parameters). `last_routing` holds the last step's choice, on the
-    parameters' device; on CUDA a step reads nothing back to the host.
+    `last_routing` holds the last step's choice, on the parameters' device; on CUDA a step reads nothing back to the
+    host. Sharded parameters (DTensor, as FSDP2 makes them) sum their scores over the shards, so that every process
+    picks the same winners.
 
     Raises:
         ValueError: A value is out of range, or the groups are not those of `molf_param_groups`.
@@ -147,6 +366,8 @@ class MoLFAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         top_k: int = 1,
         score: Literal["epd", "pfn"] = "epd",
+        moments: Precision = "float32",
+        compile: bool | None = None,
     ) -> None:
         groups = list(params)
         if not groups or not all(isinstance(group, dict) and "kind" in group for group in groups):
@@ -154,30 +375,32 @@ class MoLFAdamW(torch.optim.Optimizer):
         experts = sum(group["kind"] == "expert" for group in groups)
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k is {top_k}; there are {experts} experts in each module, so 1 to {experts} may win")
-        if score not in SCORES:
-            raise ValueError(f"score is {score!r}; allowed: {', '.join(SCORES)}")
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
-            raise ValueError(f"betas={betas}, eps={eps}: betas lie in [0, 1) and eps is above 0")
-        super().__init__(groups, {"betas": tuple(betas), "eps": eps, "top_k": top_k, "score": score})
+        if score not in ("epd", "pfn"):
+            raise ValueError(f"score is {score!r}; allowed: epd, pfn")
+        super().__init__(groups, betas, eps, moments, compile, top_k=top_k, score=score)
         self.last_routing: Routing | None = None
         self._modules = self._layout()
 
     def _layout(self) -> list[Module]:
-        """Modules and their experts, read from the groups' plain data."""
+        """Modules and their experts, read from the groups' plain data: the parameters may be swapped (FSDP2 does)."""
         modules: dict[str, Module] = {}
         for index, group in enumerate(self.param_groups):
             if group["kind"] != "expert":
                 continue
             full = group["expert"] == "full"
-            for name, parameter, decayed in zip(group["modules"], group["params"], group["decayed"], strict=True):
+            for position, (name, decayed) in enumerate(zip(group["modules"], group["decayed"], strict=True)):
                 module = modules.setdefault(name, Module(name, [], [], name in group["effective"], full))
                 if not module.experts or module.experts[-1].group != index:
-                    module.experts.append(Expert(index, [], []))
+                    module.experts.append(Expert(index, position, 0, []))
                     if not full:
                         module.scaling.append(group["scaling"][name])
-                module.experts[-1].params.append(parameter)
+                module.experts[-1].count += 1
                 module.experts[-1].decayed.append(decayed)
         return list(modules.values())
+
+    def _params(self, expert: Expert) -> list[nn.Parameter]:
+        found: list[nn.Parameter] = self.param_groups[expert.group]["params"][expert.start :][: expert.count]
+        return found
 
     def select(self, scores: Tensor) -> Tensor:
         """Which experts win: the `top_k` highest of each row, of equals the lower index.
@@ -198,39 +421,35 @@ class MoLFAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: A module has no gradient, or its experts' were deferred and never derived.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluate(closure)
         self._require_gradients()
-        scores = torch.stack([torch.stack([self._score(e) for e in m.experts]) for m in self._modules])
+        scores = self._scores()
         winners = self.select(scores)
-        on_host = winners.device.type == "cpu"
-        chosen = winners.tolist() if on_host else None
+        chosen = winners.tolist() if winners.device.type == "cpu" else None
         for row, module in enumerate(self._modules):
             for index in range(len(module.experts)):
                 if chosen is None:
-                    self._move(module, index, winners[row, index])
+                    self._move_expert(module, index, winners[row, index])
                 elif chosen[row][index]:
-                    self._move(module, index, None)
+                    self._move_expert(module, index, None)
+        groups = [group for group in self.param_groups if group["kind"] == "expert"]
         for group in self.param_groups:
             if group["kind"] == "other":
-                self._plain_adamw(group)
-        expert_groups = [group for group in self.param_groups if group["kind"] == "expert"]
+                self._plain(group)
         self.last_routing = Routing(
-            step=self.state[self._modules[0].experts[0].params[0]]["step"],
+            step=self.state[groups[0]["params"][0]]["step"],
             modules=tuple(module.name for module in self._modules),
-            experts=tuple(group["expert"] for group in expert_groups),
+            experts=tuple(group["expert"] for group in groups),
             scores=scores,
             winners=winners,
-            rates=tuple(float(group["lr"]) for group in expert_groups),
+            rates=tuple(float(group["lr"]) for group in groups),
         )
         return loss
 
     def _require_gradients(self) -> None:
         """Before anything moves, so that a step that cannot be made leaves no trace."""
         for module in self._modules:
-            missing = [p.grad is None for expert in module.experts for p in expert.params]
+            missing = [p.grad is None for expert in module.experts for p in self._params(expert)]
             if module.full and module.effective and any(missing) and not missing[0]:
                 raise RuntimeError(
                     f"{module.name}: the experts' gradients were not derived from the weight's; call "
@@ -242,104 +461,55 @@ class MoLFAdamW(torch.optim.Optimizer):
                     "exclude_modules"
                 )
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        state = self.state[parameter]
-        if not state:
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-        return state
+    def _scores(self) -> Tensor:
+        """Moves all moments; returns every expert's score, (modules, experts) of float64."""
+        groups = [group for group in self.param_groups if group["kind"] == "expert"]
+        parts: list[Tensor] = []
+        owners: list[int] = []  # of each part: the expert it belongs to
+        sizes: list[int] = []
+        for module in self._modules:
+            params = [p for expert in module.experts for p in self._params(expert)]
+            found = iter(self._advance(params, groups[0], groups[0]["score"]))
+            for expert in module.experts:
+                for _ in range(expert.count):
+                    own = next(found)
+                    parts += own
+                    owners += [len(sizes)] * len(own)
+                sizes.append(sum(p.numel() for p in self._params(expert)))
+        device = parts[0].device
+        sums = torch.zeros(len(sizes), dtype=torch.float64, device=device)
+        lengths = torch.tensor([len(part) for part in parts])
+        rows = torch.repeat_interleave(torch.tensor(owners), lengths)
+        sums.index_add_(0, _on(rows, device), torch.cat(parts).double())
+        _sum_over_shards(groups[0]["params"][0], sums)
+        mean = (sums / _on(torch.tensor(sizes), device)).view(len(self._modules), -1)
+        if groups[0]["score"] == "pfn":
+            return mean.sqrt()
+        return mean * _on(torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64), device)
 
-    def _score(self, expert: Expert) -> Tensor:
-        """Moves an expert's moments by its gradient and returns its score (scalar tensor)."""
-        group = self.param_groups[expert.group]
-        score = SCORES[group["score"]]
-        sums = []
-        for parameter in expert.params:
-            state = self._state(parameter)
-            state["step"] += 1
-            assert parameter.grad is not None  # _require_gradients saw to it
-            for gradient, m, v in blocks(parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
-                accumulate(gradient, m, v, group["betas"])
-                ratio = v.sqrt().add_(group["eps"])
-                sums.append(score(m, torch.div(m, ratio, out=ratio)))
-        mean = torch.stack(sums).sum() / sum(parameter.numel() for parameter in expert.params)
-        return mean * float(group["lr"]) if group["score"] == "epd" else mean.sqrt()
-
-    def _move(self, module: Module, index: int, wins: Tensor | None) -> None:
+    def _move_expert(self, module: Module, index: int, wins: Tensor | None) -> None:
         """Moves an expert's weights; with a bool scalar `wins` on a device, only if it holds (no read-back)."""
         expert = module.experts[index]
-        group = self.param_groups[expert.group]
+        group, params = self.param_groups[expert.group], self._params(expert)
         if not module.effective:
-            for parameter, decayed in zip(expert.params, expert.decayed, strict=True):
-                self._adamw(parameter, group, decayed, wins)
+            self._move(params, expert.decayed, group, wins)
             return
-        weight, lora = module.experts[0].params[0], module.experts[1:]
+        weight = local(self._params(module.experts[0])[0])
+        seed = self.state[params[0]]["step"] * 0x632BE5AB + index
         if index == 0:
+            self._move(params, expert.decayed, group, wins)
             # Decay acts on W = W_eff - sum s B A, so what it took from the experts' part is given back.
-            self._adamw(weight, group, True, wins)
             rate = float(group["lr"]) * group["weight_decay"]
-            for scale, other in zip(module.scaling, lora, strict=True) if rate else ():
-                a, b = other.params
-                weight.addmm_(b if wins is None else b * wins, a, alpha=rate * scale)
-            for bias in expert.params[1:]:
-                self._adamw(bias, group, False, wins)
+            for scale, other in zip(module.scaling, module.experts[1:], strict=True) if rate else ():
+                a, b = self._params(other)
+                _add_product(weight, local(b), whole(a), rate * scale, wins, seed)
             return
-        a, b = expert.params
-        old_a, old_b = a.clone(), b.clone()
-        self._adamw(a, group, True, wins)
-        self._adamw(b, group, True, wins)
+        a, b = params
+        old_a, old_b = whole(a).clone(), local(b).clone()
+        self._move(params, expert.decayed, group, wins)
         # s (B'A' - BA) as one product, so that the weight is rounded once; a loser's is zero to rounding, hence masked.
-        change = torch.cat([b, -old_b], dim=1)
-        scale = module.scaling[index - 1]
-        weight.addmm_(change if wins is None else change * wins, torch.cat([a, old_a]), alpha=scale)
-
-    def _adamw(self, parameter: nn.Parameter, group: dict[str, Any], decayed: bool, wins: Tensor | None) -> None:
-        """p <- p (1 - eta lambda), then p <- p - eta m_hat / (sqrt v_hat + eps), with bias-corrected moments."""
-        state, (beta1, beta2), lr = self.state[parameter], group["betas"], float(group["lr"])
-        rate, root = lr / (1 - beta1 ** state["step"]), (1 - beta2 ** state["step"]) ** 0.5
-        for old, m, v in blocks(parameter, state["exp_avg"], state["exp_avg_sq"]):
-            denominator = v.sqrt().div_(root).add_(group["eps"])
-            new = old.to(m.dtype, copy=wins is not None)
-            if decayed and group["weight_decay"]:
-                new.mul_(1 - lr * group["weight_decay"])
-            new.addcdiv_(m, denominator, value=-rate)
-            if wins is not None:
-                new = torch.where(wins, new, old.to(new.dtype))
-            if new is not old:
-                old.copy_(new)
-
-    def _plain_adamw(self, group: dict[str, Any]) -> None:
-        """Parameters outside the modules: torch's own AdamW, fused where all is of one dtype."""
-        params = [p for p in group["params"] if p.grad is not None]
-        fused = [p for p in params if p.dtype == torch.promote_types(p.dtype, torch.float32)]
-        states = [self._state(p) for p in fused]
-        if fused:
-            adamw(
-                list(fused),
-                [p.grad for p in fused],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [torch.tensor(float(state["step"]), device=p.device) for p, state in zip(fused, states, strict=True)],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for state in states:
-                state["step"] += 1
-        for parameter in params:
-            if parameter.dtype != torch.promote_types(parameter.dtype, torch.float32):
-                state = self._state(parameter)
-                state["step"] += 1
-                accumulate(parameter.grad, state["exp_avg"], state["exp_avg_sq"], group["betas"])
-                self._adamw(parameter, group, True, None)
+        change = torch.cat([local(b), -old_b], dim=1)
+        _add_product(weight, change, torch.cat([whole(a), old_a]), module.scaling[index - 1], wins, seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores moments in the precision they were saved in: torch would cast them to the parameters' dtype.
@@ -362,11 +532,64 @@ class MoLFAdamW(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, mine, strict=True):
             if own["kind"] == "expert":
                 group["effective"] = own["effective"]
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(ids, params, strict=True):
-            saved = state_dict["state"].get(index, {})
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in saved:
-                    dtype = torch.promote_types(parameter.dtype, torch.float32)
-                    self.state[parameter][name] = saved[name].to(parameter.device, dtype, copy=True)
+
+
+def _evaluate(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _arguments(pairs: list[tuple[kernels.Slab, Rule]]) -> tuple[Any, ...]:
+    """What `kernels.move` takes, compiled, for slabs that share rate, root and eps: numbers that change are tensors."""
+    rule = pairs[0][1]
+
+    def scalar(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.full((), value, dtype=dtype)
+
+    return (
+        [slab.weight for slab, _ in pairs],
+        [slab.m for slab, _ in pairs],
+        [slab.v for slab, _ in pairs],
+        [scalar(own.keep) for _, own in pairs],
+        scalar(rule.rate),
+        scalar(rule.root),
+        rule.eps,
+        [scalar(own.seed + slab.first & 0xFFFFFFFF, torch.int64) for slab, own in pairs],
+    )
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, wins: Tensor | None, seed: int) -> None:
+    """weight <- weight + scale left right, only if `wins`; bfloat16 is added up in float32 and rounded stochastically.
+
+    Args:
+        weight: (out, in).
+        left: (out, k).
+        right: (k, in).
+        scale: Of the product.
+        wins: bool scalar, or None for yes.
+        seed: Of the rounding.
+    """
+    if wins is not None:
+        left = left * wins
+    if weight.dtype != torch.bfloat16:
+        weight.addmm_(left, right, alpha=scale)
+        return
+    for start in range(0, len(weight), PRODUCT_ROWS):
+        rows = slice(start, start + PRODUCT_ROWS)
+        total = torch.addmm(weight[rows].float(), left[rows].float(), right.float(), alpha=scale)
+        weight[rows] = kernels.round_stochastically(total, seed + start * weight.shape[1])
+
+
+def _sum_over_shards(parameter: Tensor, sums: Tensor) -> None:
+    """Adds up, over the processes that hold a parameter's shards, what each summed over its own."""
+    mesh = getattr(parameter, "device_mesh", None)
+    for dim, placement in enumerate(getattr(parameter, "placements", ())):
+        if mesh is not None and placement.is_shard():
+            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from molf.config import FftMethod, Training
 from molf.models import load_model
+from molf.optim import plain_adamw
 
 
 def prepare(model: PreTrainedModel, block: FftMethod) -> PreTrainedModel:
@@ -16,14 +17,7 @@ def prepare(model: PreTrainedModel, block: FftMethod) -> PreTrainedModel:
 
 def optimizer(model: PreTrainedModel, block: FftMethod, training: Training) -> torch.optim.Optimizer:
     """AdamW; biases and norms are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": block.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=block.learning_rate, eps=1e-8, fused=True
-    )
+    return plain_adamw(model.parameters(), block.learning_rate, block.weight_decay, training.moments)
 
 
 def before_clip(model: PreTrainedModel) -> None:

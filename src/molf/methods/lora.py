@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from molf.config import LoraMethod, Training
 from molf.models import load_model
+from molf.optim import plain_adamw
 
 
 def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
@@ -29,8 +30,7 @@ def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
 
 def optimizer(model: PreTrainedModel, block: LoraMethod, training: Training) -> torch.optim.Optimizer:
     """AdamW on the adapter."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=block.learning_rate, weight_decay=block.weight_decay, eps=1e-8, fused=True)
+    return plain_adamw(model.parameters(), block.learning_rate, block.weight_decay, training.moments)
 
 
 def before_clip(model: PreTrainedModel) -> None:

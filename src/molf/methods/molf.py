@@ -36,7 +36,7 @@ def optimizer(model: PreTrainedModel, block: MolfMethod, training: Training) -> 
         weight_decay=block.weight_decay,
         lora_weight_decay=block.lora_weight_decay,
     )
-    return MoLFAdamW(groups, eps=1e-8, top_k=block.top_k, score=block.score)
+    return MoLFAdamW(groups, eps=1e-8, top_k=block.top_k, score=block.score, moments=training.moments)
 
 
 def before_clip(model: PreTrainedModel) -> None:

@@ -34,7 +34,7 @@ def optimizer(model: PreTrainedModel, block: MolfEfficientMethod, training: Trai
         weight_decay=block.weight_decay,
         lora_weight_decay=block.weight_decay,
     )
-    return MoLFAdamW(groups, eps=1e-8, top_k=block.top_k, score=block.score)
+    return MoLFAdamW(groups, eps=1e-8, top_k=block.top_k, score=block.score, moments=training.moments)
 
 
 def before_clip(model: PreTrainedModel) -> None:

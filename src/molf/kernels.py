@@ -1,0 +1,249 @@
+"""The arithmetic of AdamW on (rows, columns) tensors: run as it stands, a cacheful at a time, or compiled.
+
+Every function here works in place on views; what belongs together and who moves is the optimizer's matter (optim.py).
+The same functions are the reference for the Triton kernels of kernels_cuda.py.
+"""
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns of a view. Fixed, so that compiled code depends on the number of rows only.
+COLUMNS = 4096
+# Rows that an eager operation takes at once on the host: what it leaves is in the cache when the next one needs it.
+BLOCK_ROWS = 8
+# Elements that share one scale where moments are kept in 8 bits.
+CODES_PER_SCALE = 256
+
+Moment = Tensor | tuple[Tensor, Tensor]  # values, or 8-bit codes and their scales
+
+
+Number = Tensor | float  # a scalar tensor where the code is compiled, or every new number would compile it anew
+
+
+class Codebooks(NamedTuple):
+    """The 256 values that 8-bit codes stand for, in [-1, 1] and [0, 1]."""
+
+    signed: Tensor
+    unsigned: Tensor
+
+
+class Slab(NamedTuple):
+    """Views of one parameter's elements, all (rows, columns), and where they begin in it."""
+
+    weight: Tensor
+    gradient: Tensor | None
+    m: Moment
+    v: Moment
+    first: int
+
+
+class Rule(NamedTuple):
+    """What a weight's step needs: p <- p keep, then p <- p - rate m / (root sqrt v + eps)."""
+
+    keep: float  # 1 - eta lambda
+    rate: float  # eta / (1 - b1^t)
+    root: float  # 1 / sqrt(1 - b2^t)
+    eps: float
+    seed: int  # of the rounding of bfloat16 weights
+
+
+def advance(
+    gradients: Sequence[Tensor],
+    ms: Sequence[Moment],
+    vs: Sequence[Moment],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    score: str | None,
+    books: Codebooks | None,
+) -> list[Tensor]:
+    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, and each row's part of the score.
+
+    Args:
+        gradients: (rows, columns) each.
+        ms: First moments, float32 or float64, or 8-bit codes with scales.
+        vs: Second moments, likewise.
+        beta1: Decay of the first moments.
+        beta2: Decay of the second moments.
+        eps: Added to the root of the second moment.
+        score: `epd` sums m^2 / (sqrt v + eps), `pfn` sums (m / (sqrt v + eps))^2, None sums nothing.
+        books: For 8-bit moments.
+
+    Returns:
+        (rows,) each; empty without a score.
+    """
+    sums = []
+    for gradient, m, v in zip(gradients, ms, vs, strict=True):
+        first, second = decode(m, books, True), decode(v, books, False)
+        gradient = gradient.to(first.dtype)
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if score is not None:
+            ratio = first / (second.sqrt() + eps)
+            sums.append(((first if score == "epd" else ratio) * ratio).sum(dim=1))
+        if books is not None:
+            encode(first, m, books.signed)
+            encode(second, v, books.unsigned)
+    return sums
+
+
+def move(
+    weights: Sequence[Tensor],
+    ms: Sequence[Moment],
+    vs: Sequence[Moment],
+    keeps: Sequence[Number],
+    rate: Number,
+    root: Number,
+    eps: float,
+    seeds: Sequence[Number],
+    books: Codebooks | None,
+) -> None:
+    """p <- p keep - rate m / (root sqrt v + eps): decoupled decay, then the bias-corrected step.
+
+    Args:
+        weights: (rows, columns) each; bfloat16 ones are rounded stochastically.
+        ms: First moments.
+        vs: Second moments.
+        keeps: 1 - eta lambda of each weight, scalars.
+        rate: eta / (1 - b1^t), scalar.
+        root: 1 / sqrt(1 - b2^t), scalar.
+        eps: Added to the root of the corrected second moment.
+        seeds: Of each weight's rounding, whole numbers, the index of its first element included.
+        books: For 8-bit moments.
+    """
+    for weight, m, v, keep, seed in zip(weights, ms, vs, keeps, seeds, strict=True):
+        first, second = decode(m, books, True), decode(v, books, False)
+        new = weight.to(first.dtype) * keep - rate * first / (second.sqrt() * root + eps)
+        if weight.dtype == torch.bfloat16:
+            new = round_stochastically(new, seed)
+        weight.copy_(new)
+
+
+def round_stochastically(x: Tensor, seed: Number) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that makes the mean right.
+
+    The noise is a hash of seed and position (multiply and shift, 32 bits): no generator's state, so a resumed run
+    and every process of a run round alike.
+
+    Args:
+        x: (rows, columns), float32.
+        seed: Any whole number.
+
+    Returns:
+        (rows, columns), bfloat16.
+    """
+    mask = 0xFFFFFFFF
+    noise = torch.arange(x.numel(), device=x.device).view(x.shape) + seed & mask  # type: ignore[operator]
+    # Both factors are below 2^31, so that no product leaves 63 bits.
+    noise = ((noise ^ (noise >> 16)) * 0x21F0AAAD) & mask
+    noise = ((noise ^ (noise >> 15)) * 0x735A2D97) & mask
+    noise = noise ^ (noise >> 15)
+    bits = x.contiguous().view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
+    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def decode(moment: Moment, books: Codebooks | None, signed: bool) -> Tensor:
+    """A moment's values, (rows, columns): itself, or what its codes stand for."""
+    if isinstance(moment, Tensor):
+        return moment
+    assert books is not None
+    codes, scale = moment
+    book = books.signed if signed else books.unsigned
+    return (book[codes.int()].view(-1, CODES_PER_SCALE) * scale.view(-1, 1)).view(codes.shape)
+
+
+def encode(values: Tensor, into: Moment, book: Tensor) -> None:
+    """Writes values as the nearest codes of their block's scale; nothing to do for a moment that keeps values."""
+    if isinstance(into, Tensor):
+        return
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
+
+    codes, scale = into
+    scaled, new_scale = scale_tensor(values, CODES_PER_SCALE)
+    codes.copy_(quantize_8bit_with_qmap(scaled, book))
+    scale.copy_(new_scale.view(scale.shape))
+
+
+@functools.cache
+def codebooks(device: torch.device) -> Codebooks:
+    """torchao's dynamic 8-bit maps (arXiv 2110.02861).
+
+    Raises:
+        ValueError: torchao is not installed.
+    """
+    try:
+        from torchao.optim.quant_utils import create_dynamic_map
+    except ImportError:
+        raise ValueError("moments='8bit' needs torchao: pip install 'molf[eightbit]'") from None
+    return Codebooks(*(torch.tensor(create_dynamic_map(signed), device=device) for signed in (True, False)))
+
+
+def fits_codes(parameter: Tensor) -> bool:
+    """Whether a parameter's moments can be kept as codes: whole blocks, and enough of them to matter."""
+    return parameter.numel() >= COLUMNS and parameter.numel() % CODES_PER_SCALE == 0
+
+
+def slabs(weight: Tensor, gradient: Tensor | None, m: Moment, v: Moment) -> tuple[Slab | None, Slab | None]:
+    """A parameter's whole rows of `COLUMNS` elements, and the rest as one short row."""
+    size = weight.numel()
+    whole = size - size % COLUMNS
+
+    def cut(tensor: Tensor, start: int, stop: int, width: int) -> Tensor:
+        if stop - start == size:
+            return tensor.reshape(-1, width)
+        return tensor.reshape(-1)[start:stop].view(-1, width)
+
+    def part(start: int, stop: int, width: int) -> Slab:
+        def of(moment: Moment) -> Moment:
+            if isinstance(moment, Tensor):
+                return cut(moment, start, stop, width)
+            scales = moment[1].view(-1)[start // CODES_PER_SCALE : stop // CODES_PER_SCALE]
+            return cut(moment[0], start, stop, width), scales.view(-1, width // CODES_PER_SCALE)
+
+        g = None if gradient is None else cut(gradient, start, stop, width)
+        return Slab(cut(weight, start, stop, width), g, of(m), of(v), start)
+
+    head = part(0, whole, COLUMNS) if whole else None
+    return head, part(whole, size, size - whole) if size > whole else None
+
+
+def blocks(slab: Slab) -> Iterator[Slab]:
+    """A slab's rows, a cacheful at a time on the host, all at once on a device."""
+    rows = len(slab.weight)
+    if slab.weight.device.type != "cpu" or rows <= BLOCK_ROWS:
+        yield slab
+        return
+    for start in range(0, rows, BLOCK_ROWS):
+        cut = slice(start, start + BLOCK_ROWS)
+
+        def of(moment: Moment, cut: slice = cut) -> Moment:
+            return moment[cut] if isinstance(moment, Tensor) else (moment[0][cut], moment[1][cut])
+
+        g = None if slab.gradient is None else slab.gradient[cut]
+        yield Slab(slab.weight[cut], g, of(slab.m), of(slab.v), slab.first + start * COLUMNS)
+
+
+def compiler_is_there() -> bool:
+    """Whether torch.compile can be expected to work on the host: a C++ compiler, and a Python that dynamo knows."""
+    return any(map(shutil.which, ("g++", "clang++", "c++"))) and sys.platform == "linux"
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` (`advance` or `move`) compiled; made once, whatever the number of optimizers."""
+    return torch.compile(function)
+
+
+def mark_rows(*tensors: Any) -> None:
+    """Tells the compiler, before its first call, that the number of rows varies from call to call."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        else:
+            mark_rows(*tensor)
