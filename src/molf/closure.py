@@ -7,9 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 
-# What no result depends on: views of results, messages, notes on the machine, where files lie (dvc.yaml says so too)
-# and the reading of params.yaml, whose values DVC watches itself. A change here re-runs nothing.
-VIEWS = frozenset({"molf", "molf.errors", "molf.config", "molf.paths", "molf.machine", "molf.tracking", "molf.closure"})
+# What no result depends on: views of results, messages, notes on the machine, estimates, where files lie (dvc.yaml says
+# so too) and the reading of params.yaml, whose values DVC watches itself. A change here re-runs nothing.
+VIEWS = frozenset(
+    f"molf{name}" for name in ("", ".errors", ".config", ".paths", ".machine", ".tracking", ".closure", ".estimate")
+)
 
 
 def closure(module: str, package: Path = PACKAGE) -> set[str]:
