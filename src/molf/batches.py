@@ -22,6 +22,7 @@ class Examples(Dataset[dict[str, list[int]]]):
     """Encoded examples: `prompt` and `completion` token ids, EOS included; too long ones left out and counted."""
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of each row, for messages
     dropped_too_long: int = 0
 
     def __len__(self) -> int:
@@ -34,11 +35,17 @@ class Examples(Dataset[dict[str, list[int]]]):
 def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, max_length: int) -> Examples:
     """Encodes prompt and completion of each row; an example over `max_length` tokens is dropped, never cut.
 
+    Args:
+        tokenizer: The base model's.
+        frame: Rows with `prompt` and `completion`, named by `example_id` where there is one, else by number.
+        max_length: Tokens of prompt and completion together.
+
     Raises:
         UserError: No example is left.
     """
     examples = Examples()
-    for prompt, completion in zip(frame["prompt"], frame["completion"], strict=True):
+    names = frame["example_id"] if "example_id" in frame else range(len(frame))
+    for name, prompt, completion in zip(names, frame["prompt"], frame["completion"], strict=True):
         row = {
             "prompt": encode_prompt(tokenizer, prompt),
             "completion": [*encode_completion(tokenizer, completion), tokenizer.eos_token_id],
@@ -47,6 +54,7 @@ def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, m
             examples.dropped_too_long += 1
         else:
             examples.rows.append(row)
+            examples.names.append(str(name))
     if not examples.rows:
         raise UserError(f"training.max_length: {max_length} tokens leave none of the {len(frame)} examples; raise it")
     return examples
@@ -57,7 +65,6 @@ class SeededOrder(Sampler[int]):
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
-        self.digest = hashlib.sha256()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -65,12 +72,19 @@ class SeededOrder(Sampler[int]):
     def __len__(self) -> int:
         return self.size
 
+    def indices(self, epoch: int) -> list[int]:
+        """Numbers of the examples, as an epoch takes them."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def digest(self, epochs: int) -> str:
+        """Hash of the order of the first so many epochs: 16 hexadecimal digits."""
+        orders = np.asarray([self.indices(epoch) for epoch in range(epochs)], dtype=np.int64)
+        return hashlib.sha256(orders.tobytes()).hexdigest()[:16]
+
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        self.digest.update(np.asarray(order, dtype=np.int64).tobytes())
         self.epoch += 1
-        return iter(order)
+        return iter(self.indices(self.epoch - 1))
 
 
 class Collator:

@@ -20,6 +20,10 @@ class RunError(Exception):
     """A run that was set up correctly and failed all the same (a loss of NaN, a full disk): exit code 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop and did so in good order; its message says how to go on. Exit code 1."""
+
+
 def main(function: Callable[[], None]) -> int:
     """Runs a command's body and turns the two errors above into a message and an exit code.
 
@@ -41,7 +45,7 @@ def main(function: Callable[[], None]) -> int:
     except (RunError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return 1
     return 0

@@ -85,6 +85,28 @@ class RoutingRecorder:
             "counted": counted.repeat_interleave(each).numpy(),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """The record so far, as plain data and tensors.
+
+        Raises:
+            RoutingError: As `drain`.
+        """
+        self.drain()
+        return {
+            "modules": self.modules,
+            "experts": self.experts,
+            "steps": self._steps,
+            "counted": self._counted,
+            "scores": torch.cat(self._scores) if self._scores else torch.zeros(0),
+            "winners": torch.cat(self._winners) if self._winners else torch.zeros(0),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self.modules, self.experts = state["modules"], state["experts"]
+        self._pending, self._steps, self._counted = [], list(state["steps"]), list(state["counted"])
+        self._scores, self._winners = ([state[key]] if self._steps else [] for key in ("scores", "winners"))
+
     def summary(self) -> dict[str, Any]:
         """Shares of the counted steps that each expert won, over all and by module, and whether one side won all.
 

@@ -17,7 +17,6 @@ from torch.utils.data import Sampler
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -31,6 +30,7 @@ from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
 from molf.methods import METHODS
 from molf.models import folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
+from molf.resume import Keeper, ResumableTrainer
 from molf.routing import RoutingError, RoutingRecorder
 
 
@@ -76,8 +76,8 @@ def completion_loss(
     return loss / ((targets != IGNORED).sum() if items is None else items)
 
 
-class CellTrainer(Trainer):
-    """The Trainer, told what a method wants before gradients are clipped."""
+class CellTrainer(ResumableTrainer):
+    """The Trainer, told what a method wants before gradients are clipped; no step is made of what is no number."""
 
     # The loss is divided by the step's labelled tokens, accumulation included, and not once more by the Trainer. Two
     # names: transformers 5.23 asks the second, earlier ones the first.
@@ -88,6 +88,7 @@ class CellTrainer(Trainer):
         self.method, self.order = method, order
         self.model_accepts_loss_kwargs = True
         self.step_tokens = 0
+        self.losses: list[torch.Tensor] = []  # of the step's micro-batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.order
@@ -100,9 +101,40 @@ class CellTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
         if self.accelerator.sync_gradients:
             self.method.before_clip(self.model)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, self.losses = [float(loss) for loss in self.losses], []
+        if not (math.isfinite(sum(losses)) and math.isfinite(float(norm))):
+            raise RunError(
+                f"step {self.state.global_step + 1}: loss {sum(losses)}, gradient norm {float(norm)}; the step was not "
+                f"made. Its rows: {', '.join(self.step_rows(losses))}. Look at them, or lower the learning rate"
+            )
+        return norm
+
+    def step_rows(self, losses: list[float]) -> list[str]:
+        """Names of the examples of the step under way: of the micro-batches whose loss is no number, if that is known.
+
+        Args:
+            losses: Of this process's micro-batches of the step.
+        """
+        micro = self.args.train_batch_size * self.args.world_size
+        accumulation = self.args.gradient_accumulation_steps
+        epoch, step = divmod(self.state.global_step, optimizer_steps(len(self.order), micro, accumulation))
+        indices = self.order.indices(epoch)[step * micro * accumulation :][: micro * accumulation]
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad and self.args.world_size == 1:
+            indices = [index for i in bad for index in indices[i * micro : (i + 1) * micro]]
+        return [self.train_dataset.names[index] for index in indices]  # type: ignore[union-attr]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Accelerate reaches the sampler through no more than one wrapper, and a resumed epoch has two.
+        self.order.set_epoch(int(self.state.epoch or 0))
 
 
 class Bar(ProgressCallback):
@@ -114,7 +146,7 @@ class Bar(ProgressCallback):
 
 
 class Recorder(TrainerCallback):
-    """Keeps a row a step and every step's routing, and stops a run whose loss is no number."""
+    """Keeps a row a step and every step's routing; its clock stands still while a checkpoint is written."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, routing: RoutingRecorder | None, listener: Listener | None
@@ -123,10 +155,31 @@ class Recorder(TrainerCallback):
         self.trainer: CellTrainer | None = None
         self.rows: list[dict[str, float]] = []
         self.started = self.last = 0.0
+        self.before = 0.0  # seconds of training before this process
+        self.peak = 0
         self.rate = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, in all processes that one after the other did it; what a kill lost is not in it."""
+        return time.perf_counter() - self.started + self.before
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"rows": self.rows, "seconds": self.seconds, "peak": self.peak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint; the listener hears what it may have missed."""
+        self.rows, self.before, self.peak = state["rows"], state["seconds"], state["peak"]
+        if self.listener is not None:
+            self.listener.log(self.rows)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = self.last = time.perf_counter()
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.perf_counter()
+        self.started, self.last = self.started + now - self.last, now
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rate = float(self.optimizer.param_groups[0]["lr"])
@@ -139,6 +192,7 @@ class Recorder(TrainerCallback):
         if not logs or "loss" not in logs or self.trainer is None:
             return
         now = time.perf_counter()
+        self.peak = max(self.peak, peak_memory())
         tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
         row = {
             "step": state.global_step,
@@ -147,15 +201,10 @@ class Recorder(TrainerCallback):
             "grad_norm": float(logs["grad_norm"]),
             "tokens": tokens,
             "tokens_per_second": tokens / max(now - self.last, 1e-9),
-            "seconds": now - self.started,
-            "peak_memory_bytes": peak_memory(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak,
         }
         self.last = now
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise RunError(
-                f"step {state.global_step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
-                "lower the learning rate or look at the rows of this step"
-            )
         self.rows.append(row)
         if self.listener is not None:
             self.listener.log([row])
@@ -170,25 +219,28 @@ def train(
     weights: Path,
     scratch: Path,
     listener: Listener | None = None,
+    keeper: Keeper | None = None,
 ) -> Outcome:
     """Trains one cell and writes its weights.
 
     Args:
         base: Folder of the base model.
-        examples_frame: Rows with `prompt` and `completion`.
+        examples_frame: Rows with `prompt` and `completion`, and `example_id` to name them by.
         block: The method's block of params.yaml.
         training: The budget, the task's overrides included.
         seed: Of the adapters' start, dropout and the order of examples.
         weights: Folder for weights or adapter; must not exist.
         scratch: Folder for the Trainer's own files.
         listener: Hears each step's row.
+        keeper: Of checkpoints, from the last of which the training goes on; None: none is written.
 
     Returns:
         History, routing record (None where nothing is routed) and summary.
 
     Raises:
         UserError: No example fits in `max_length`.
-        RunError: The loss or the gradients are not finite, or routing did not happen as claimed.
+        RunError: The loss or the gradients are not finite, memory ran out, or routing did not happen as claimed.
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint.
     """
     if training.threads:
         torch.set_num_threads(training.threads)
@@ -246,10 +298,12 @@ def train(
         trainer.add_callback(Bar)
     recorder.trainer = trainer
     reset_peak_memory()
-    started = time.perf_counter()
     try:
-        trainer.train()
-        seconds = time.perf_counter() - started
+        if keeper is None:
+            trainer.train()
+        else:
+            keeper.train(trainer, {"recorder": recorder} | ({"routing": routing} if routing else {}))
+        seconds = recorder.seconds
         record = pd.DataFrame(routing.columns()) if routing is not None else None
         routed = routing.summary() if routing is not None else None
     except RoutingError as error:
@@ -258,13 +312,13 @@ def train(
         raise RunError(
             f"out of GPU memory; lower training.batch_size and raise gradient_accumulation ({error})"
         ) from None
+    peak = max(recorder.peak, peak_memory())
     history = pd.DataFrame(recorder.rows)
     if not (len(history) and (history["learning_rate"] > 0).any()):
         raise RunError(
             f"{len(history)} optimizer steps, none with a learning rate above 0: nothing was trained; "
             "give the task more rows, raise training.epochs, or set training.warmup to 0"
         )
-    peak = peak_memory()
     try:
         method.save(model, weights, base)
     except SafetensorError as error:  # a full disk among others
@@ -282,7 +336,8 @@ def train(
         "weights_bytes": folder_bytes(weights),
         "examples": len(examples),
         "dropped_too_long": examples.dropped_too_long,
-        "order_hash": order.digest.hexdigest()[:16],
+        "order_hash": order.digest(math.ceil(trainer.state.epoch or 0)),
+        "resumed_at_steps": keeper.resumed_at if keeper else [],
         "routing": routed,
         "warnings": _warnings(routed, examples),
     }
@@ -291,9 +346,14 @@ def train(
 
 def warmup_steps(training: Training, examples: int) -> int:
     """Optimizer steps of the warm-up: the share `training.warmup` of all, rounded up."""
-    per_epoch = math.ceil(math.ceil(examples / training.batch_size) / training.gradient_accumulation)
+    per_epoch = optimizer_steps(examples, training.batch_size, training.gradient_accumulation)
     total = training.max_steps or math.ceil(training.epochs * per_epoch)
     return math.ceil(training.warmup * total)
+
+
+def optimizer_steps(examples: int, batch: int, accumulation: int) -> int:
+    """Optimizer steps of an epoch; the last batch and the last step may be smaller."""
+    return math.ceil(math.ceil(examples / batch) / accumulation)
 
 
 def reset_peak_memory() -> None:

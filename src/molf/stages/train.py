@@ -20,7 +20,7 @@ def run() -> None:
 
     import pandas as pd
 
-    from molf import closure, machine, methods, models, tracking, training
+    from molf import checkpoint, closure, machine, methods, models, resume, tracking, training
 
     models.quiet()
     base = MODELS / cell.model
@@ -41,6 +41,15 @@ def run() -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "generated_data": data["generated"],
     }
+    keeper = resume.Keeper(
+        checkpoint.Checkpoints(
+            SCRATCH / "checkpoints" / cell.name,
+            resume.identity(config, data["data_hash"], model["hash"], code, machine.versions()),
+            params.checkpoint.keep,
+        ),
+        params.checkpoint.steps,
+        params.checkpoint.minutes,
+    )
     results, weights = cell.results / "train", cell.weights
     for directory in (results, weights):
         shutil.rmtree(directory, ignore_errors=True)
@@ -50,13 +59,14 @@ def run() -> None:
     with tracking.live_run(record, params.tracking.experiment) as live:
         outcome = training.train(
             base=base,
-            examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["prompt", "completion"]),
+            examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["example_id", "prompt", "completion"]),
             block=params.methods[cell.method],
             training=budget,
             seed=cell.seed,
             weights=target,
             scratch=SCRATCH / "trainer" / cell.name,
             listener=live,
+            keeper=keeper,
         )
         if not kept:
             write_json(weights / models.ELSEWHERE, {"path": str(target), "hash": models.folder_hash(target)})
@@ -66,6 +76,7 @@ def run() -> None:
             write_parquet(results / "routing.parquet", outcome.routing)
         write_json(results / "summary.json", summary)
         write_json(results / "run.json", record)
+        keeper.checkpoints.clear()
         live.finish(cell.results)
     print(
         f"{cell.name}: {summary['steps']} steps in {summary['train_seconds']:.0f} s, loss {summary['final_loss']:.3f}, "
@@ -73,6 +84,8 @@ def run() -> None:
     )
     if summary["routing"]:
         print("  routing: " + ", ".join(f"{name} {share:.0%}" for name, share in summary["routing"]["share"].items()))
+    if summary["resumed_at_steps"]:
+        print(f"  resumed after steps {', '.join(map(str, summary['resumed_at_steps']))}")
     for warning in summary["warnings"]:
         print(f"  WARNING: {warning}")
 

@@ -1,0 +1,213 @@
+"""A training that is killed, stopped or fails goes on as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from molf.checkpoint import Checkpoints
+from molf.config import check_params, read_yaml
+from molf.errors import Interrupted
+from molf.models import folder_hash
+from molf.resume import Keeper, identity
+from molf.training import Outcome, train
+from tests.conftest import ROOT, frame
+
+WALL = ["tokens_per_second", "seconds", "peak_memory_bytes"]  # columns of the history that no two runs share
+KILLS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell, small enough to be trained in a second."""
+
+    base: Path
+    folder: Path
+    method: str
+    dropout: float = 0.0
+    accumulation: int = 1
+    every: int | None = 3  # steps between checkpoints
+    steps: int = 30
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
+
+    @property
+    def heard(self) -> list[int]:
+        """Steps that were made, in all processes."""
+        path = self.folder / "heard"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+class Ear:
+    """A listener that writes each step into a file as soon as it is made; a checkpoint's rows come all at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        if len(rows) == 1:
+            with self.path.open("a") as file:
+                file.write(f"{int(rows[0]['step'])}\n")
+
+
+def run(job: Job, listener: Any = None) -> Outcome:
+    """Trains a cell in this process, from its last checkpoint on."""
+    data = read_yaml(ROOT / "params.yaml")
+    data["training"] |= {"max_length": 32, "batch_size": 4, "threads": 1, "max_steps": job.steps, "epochs": 99}
+    data["training"]["gradient_accumulation"] = job.accumulation
+    data["methods"]["molf-e"]["r"], data["methods"]["molf"]["r"] = [2, 4], [4]
+    block = data["methods"][job.method]
+    if "lora_dropout" in block:
+        block["lora_dropout"] = job.dropout
+    params = check_params(data, "test")
+    config = {"method": block, "training": data["training"]}
+    checkpoints = Checkpoints(job.checkpoints, identity(config, "data", "model", "code", {}), keep=1)
+    return train(
+        job.base,
+        frame(),
+        params.methods[job.method],
+        params.training,
+        3,
+        job.weights,
+        job.folder / "scratch",
+        listener or Ear(job.folder / "heard"),
+        Keeper(checkpoints, job.every, None),
+    )
+
+
+def child(job: Job) -> None:
+    """`run` in a process of its own, its results in files."""
+    os.chdir(job.folder)
+    try:
+        outcome = run(job)
+    except Interrupted as stop:
+        (job.folder / "said").write_text(str(stop))
+        raise SystemExit(1) from None
+    outcome.history.to_parquet(job.folder / "history.parquet")
+    if outcome.routing is not None:
+        outcome.routing.to_parquet(job.folder / "routing.parquet")
+    (job.folder / "summary.json").write_text(json.dumps(outcome.summary))
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[[Job], BaseProcess]]:
+    """Starts `child` in a new process, forked off a server that has imported everything and trained nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_resume"])
+    started: list[BaseProcess] = []
+
+    def begin(job: Job) -> BaseProcess:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        process = context.Process(target=child, args=(job,))
+        process.start()
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def until(condition: Callable[[], bool], process: BaseProcess) -> bool:
+    """Waits for a condition; False if the process ended before."""
+    while not condition():
+        if not process.is_alive():
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def whole(job: Job, start: Callable[[Job], BaseProcess]) -> None:
+    process = start(job)
+    process.join()
+    assert process.exitcode == 0
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "fft": {"method": "fft", "accumulation": 2},
+    "lora": {"method": "lora", "dropout": 0.1},
+    "molf": {"method": "molf"},
+    "molf dense": {"method": "molf", "dropout": 0.2, "accumulation": 2},
+    "molf-e": {"method": "molf-e", "dropout": 0.1},
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_killed_at_any_moment_ends_as_if_it_had_not_been(
+    case: str, base: Path, tmp_path: Path, start: Callable[[Job], BaseProcess]
+) -> None:
+    once, often = (Job(base, tmp_path / name, **CASES[case]) for name in ("once", "often"))
+    whole(once, start)
+    draw = random.Random(case)
+    torn = False
+    for kill in range(KILLS):
+        # Some steps and a moment after the start, at least one checkpoint later; or in the middle of one's write.
+        made = len(often.heard) + draw.randrange(4, 9)
+        process = start(often)
+        if kill % 2:
+            alive = until(lambda: bool(list(often.checkpoints.glob(".step-*.tmp"))), process)
+        else:
+            alive = until(lambda made=made: len(often.heard) >= made, process)  # type: ignore[misc]
+            time.sleep(draw.uniform(0, 0.02))
+        assert alive, f"the training ended before kill {kill}"
+        process.kill()
+        process.join()
+        torn |= bool(list(often.checkpoints.glob(".step-*.tmp")))
+    assert torn, "no write was torn"
+    whole(often, start)
+    assert folder_hash(often.weights) == folder_hash(once.weights)
+    first, second = (pd.read_parquet(job.folder / "history.parquet") for job in (once, often))
+    pd.testing.assert_frame_equal(first.drop(columns=WALL), second.drop(columns=WALL))
+    assert second["seconds"].is_monotonic_increasing
+    if CASES[case]["method"].startswith("molf"):
+        routes = [pd.read_parquet(job.folder / "routing.parquet") for job in (once, often)]
+        pd.testing.assert_frame_equal(routes[0], routes[1])
+    summaries = [json.loads((job.folder / "summary.json").read_text()) for job in (once, often)]
+    assert summaries[0]["order_hash"] == summaries[1]["order_hash"]
+    assert summaries[0]["final_loss"] == summaries[1]["final_loss"]
+    assert summaries[0]["resumed_at_steps"] == []
+    resumed = summaries[1]["resumed_at_steps"]
+    assert resumed == sorted(resumed) and all(step % 3 == 0 for step in resumed)
+    # A step that was done before the checkpoint is not done again.
+    assert max(often.heard) == 30 and len(resumed) >= 2
+    assert not list((often.folder / "scratch").rglob("*.pt")) and not list(often.folder.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
+    number: int, base: Path, tmp_path: Path, start: Callable[[Job], BaseProcess]
+) -> None:
+    job = Job(base, tmp_path / "cell", "molf", every=None, steps=60)
+    process = start(job)
+    assert until(lambda: len(job.heard) >= 5, process)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 1
+    [step] = [int(path.name.removeprefix("step-")) for path in job.checkpoints.glob("step-*")]
+    said = (job.folder / "said").read_text()
+    assert said.startswith(f"after step {step} of 60; `dvc repro` or `molf run` goes on from {job.checkpoints}")
+    assert 5 <= step == job.heard[-1] < 60
+    whole(job, start)
+    assert json.loads((job.folder / "summary.json").read_text())["resumed_at_steps"] == [step]
+    once = Job(base, tmp_path / "once", "molf", every=None, steps=60)
+    whole(once, start)
+    assert folder_hash(once.weights) == folder_hash(job.weights)
