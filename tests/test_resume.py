@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from molf.errors import Interrupted
 from molf.models import folder_hash
 from molf.resume import Keeper, identity
 from molf.training import Outcome, train
-from tests.conftest import ROOT, frame
+from tests.conftest import ROOT, Project, frame
 
 WALL = ["tokens_per_second", "seconds", "peak_memory_bytes"]  # columns of the history that no two runs share
 KILLS = 3
@@ -211,3 +212,67 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     once = Job(base, tmp_path / "once", "molf", every=None, steps=60)
     whole(once, start)
     assert folder_hash(once.weights) == folder_hash(job.weights)
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(900)
+def test_dvc_repro_goes_on_after_kill_and_after_ctrl_c(project: Project) -> None:
+    """`kill -9` of all of `dvc repro`, and Ctrl-C in its terminal, which reaches DVC and the stage alike."""
+    project.edit(
+        {"grid.methods": ["molf"], "training.epochs": 100, "checkpoint": {"minutes": None, "steps": 20, "keep": 1}}
+    )
+    stage, cell = "train@tiny-fact-molf-0", "tiny/fact/molf/seed-0"
+    weights, results = project.root / "weights" / cell, project.root / "results" / cell / "train"
+    folder = project.root / ".molf/checkpoints" / cell
+    project.run("dvc", "repro", stage)
+    expected = folder_hash(weights)
+    history = pd.read_parquet(results / "history.parquet").drop(columns=WALL)
+    routing = pd.read_parquet(results / "routing.parquet")
+    assert not folder.exists()
+    # Forced and without DVC's run cache, which would bring back what was just made.
+    again = ["dvc", "repro", "--force", "--no-run-cache", "--single-item", stage]
+
+    def begin() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            again,
+            cwd=project.root,
+            env=project.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        before = {path.name for path in folder.glob("step-*")}
+        while not {path.name for path in folder.glob("step-*")} - before:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        return process
+
+    killed = begin()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    stopped = begin()
+    os.killpg(stopped.pid, signal.SIGINT)
+    said = stopped.communicate()[0]
+    assert stopped.returncode != 0
+    assert "resumed after step" in said
+    assert "interrupted: after step" in said and "`dvc repro` or `molf run` goes on from .molf/checkpoints" in said
+    assert "Traceback" not in said
+    said = project.run(*again)
+    assert "resumed after step" in said
+    assert folder_hash(weights) == expected
+    pd.testing.assert_frame_equal(pd.read_parquet(results / "history.parquet").drop(columns=WALL), history)
+    pd.testing.assert_frame_equal(pd.read_parquet(results / "routing.parquet"), routing)
+    summary = json.loads((results / "summary.json").read_text())
+    assert len(summary["resumed_at_steps"]) == 2
+    assert not folder.exists()
+    runs = project.run("python", "-c", RUNS)
+    assert runs.split() == ["FINISHED"], runs
+
+
+RUNS = """
+import mlflow
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+found = mlflow.search_runs(search_all_experiments=True, filter_string="tags.`molf.kind` = 'cell'", output_format="list")
+print(*(run.info.status for run in found))
+"""
