@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from molf.collective import agreed, barrier, gathered, rank
+from molf.errors import RunError
 from molf.models import file_hash
 
 STATE = "state.json"
@@ -39,7 +40,7 @@ DTYPES = {
 }
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunError):
     """A checkpoint does not hold what is read from it."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from molf.checkpoint import Checkpoint, Checkpoints, TensorFiles, part
+from molf.checkpoint import Checkpoint, CheckpointError, Checkpoints, TensorFiles, part
 from molf.collective import anyone, rank
 from molf.errors import Interrupted
 
@@ -122,14 +122,19 @@ def restore_random_state(state: Mapping[str, Tensor]) -> None:
 def optimizer_tensor(optimizer: Any, files: TensorFiles, name: str) -> Tensor:
     """A tensor of an optimizer's state, `optimizer.state.INDEX.KEY`, where and cut as its parameter is.
 
-    What has another shape than the parameter (a step count) is whole, on the host unless it is large.
+    What has another shape than the parameter (a step count) is whole, on the host.
 
     Raises:
-        CheckpointError: The checkpoint lacks rows of it.
+        CheckpointError: The checkpoint lacks rows of it, or it cannot be cut as the parameter is here.
     """
     index = int(name.split(".")[2])
     parameter = [p for group in optimizer.param_groups for p in group["params"]][index]
     shape, dtype = files.kind(name)
+    if name.endswith("_scale") and hasattr(parameter, "placements"):
+        raise CheckpointError(
+            "this checkpoint holds 8-bit moments, whose blocks cannot be cut by rows: set training.sharding to ddp, "
+            "or training.processes to 1, to go on from it"
+        )
     if tuple(parameter.shape) != shape:
         return files.read(name)
     tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
