@@ -161,12 +161,90 @@ def test_models_that_cannot_get_experts_are_refused_with_the_reason() -> None:
     class Conv1D(nn.Module):
         pass
 
-    with pytest.raises(ValueError, match="only nn.Linear.*Conv1D"):
+    with pytest.raises(ValueError, match=r"only nn.Linear.*1 \(Conv1D\); leave them out"):
         apply_molf(nn.Sequential(nn.Linear(2, 2), Conv1D()), MoLFConfig(r=(1,)))
     tied = nn.ModuleDict({"embed": nn.Embedding(4, 3), "out": nn.Linear(3, 4, bias=False)})
     tied["out"].weight = tied["embed"].weight  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="out: the weight is shared"):
         apply_molf(tied, MoLFConfig(r=(1,)))
+
+
+class OwnForward(nn.Linear):
+    """As bitsandbytes and FP8 layers are: an nn.Linear by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Packed(Tensor):
+    """As torchao's weights are: says bfloat16 and holds packed integers."""
+
+
+def packed(weight: Any) -> nn.Linear:
+    linear = nn.Linear(3, 3)
+    linear.weight = weight
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        (OwnForward(3, 3), "OwnForward, weight Parameter of torch.float32"),
+        (packed(nn.Parameter(torch.zeros(3, 3, dtype=torch.uint8), requires_grad=False)), "of torch.uint8"),
+        (packed(nn.Parameter(torch.zeros(3, 3, dtype=torch.float8_e4m3fn), requires_grad=False)), "float8"),
+        (packed(nn.Parameter(torch.zeros(3, 3, dtype=torch.bfloat16).as_subclass(Packed))), "Packed of torch.bfloat16"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "ParametrizedLinear"),
+    ],
+    ids=["own forward", "uint8", "fp8", "tensor subclass", "weight norm"],
+)
+def test_a_linear_that_is_no_plain_one_is_refused_and_left_alone(linear: nn.Linear, message: str) -> None:
+    net = nn.ModuleDict({"plain": nn.Linear(3, 3), "other": linear})
+    with pytest.raises(ValueError, match=f"other .*{message}.*load the model without quantization"):
+        apply_molf(net, MoLFConfig(r=(1,)))
+    assert net["other"] is linear and type(net["plain"]) is nn.Linear
+    apply_molf(net, MoLFConfig(r=(1,), exclude_modules=("other",)))
+    assert [name for name, _ in molf_modules(net)] == ["plain"]
+
+
+def test_torchaos_quantized_linear_is_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(nn.Linear(32, 32))
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig(version=2))
+    assert net[0].weight.dtype == torch.float32  # which it is not
+    with pytest.raises(ValueError, match="load the model without quantization"):
+        apply_molf(net, MoLFConfig(r=(1,)))
+
+
+def test_a_head_of_any_name_is_no_target_unless_asked_for() -> None:
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.embed_out = nn.Linear(3, 3), nn.Linear(3, 5)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.embed_out
+
+    assert [name for name, _ in molf_modules(apply_molf(WithHead(), MoLFConfig(r=(1,))))] == ["body"]
+    asked = apply_molf(WithHead(), MoLFConfig(r=(1,), target_modules=("embed_out",)))
+    assert [name for name, _ in molf_modules(asked)] == ["embed_out"]
+
+
+def test_a_frozen_model_gets_a_trained_base() -> None:
+    net = apply_molf(model().requires_grad_(False), MoLFConfig(r=(2,)))
+    net(X).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_copy_trains_like_the_original_and_apart_from_it() -> None:
+    net = disturbed(MoLFConfig(r=(2, 3)))
+    other = copy.deepcopy(net)
+    for left, right in zip(net.parameters(), other.parameters(), strict=True):
+        assert left is not right and torch.equal(left, right)
+    other(X).square().sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    net(X).square().sum().backward()
+    for left, right in zip(net.parameters(), other.parameters(), strict=True):
+        assert left.grad is not None and right.grad is not None and torch.equal(left.grad, right.grad)
 
 
 def causal_lm() -> Any:

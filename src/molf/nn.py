@@ -29,7 +29,8 @@ class MoLFConfig:
     lora_alpha: float = 32.0
     use_rslora: bool = True  # scaling alpha / sqrt(r), else alpha / r
     lora_dropout: float = 0.0  # on the LoRA experts' input
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # names, or ends of names
+    # Names, or ends of names; "all-linear" leaves out what a transformers model calls its output embeddings.
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     exclude_modules: tuple[str, ...] = ("lm_head",)  # likewise
     train_base: bool = True  # whether the full weight is an expert (MoLF) or frozen (MoLF-Efficient)
     forward: Literal["auto", "effective", "dense"] = "auto"
@@ -94,6 +95,7 @@ class MoLFLinear(nn.Module):
         self.deferred = False
         self.register_buffer("effective", torch.tensor(int(config.effective), dtype=torch.uint8))
         if self.is_effective:
+            self.weight.requires_grad_(True)  # a hook is refused on a weight that is still frozen
             self.weight.register_post_accumulate_grad_hook(self._after_backward)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,6 +133,12 @@ class MoLFLinear(nn.Module):
             # Over the rows that this process holds; summed over the others'.
             a.grad = like_shard(torch.mm(local(b).T, g).mul_(s), a, summed=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's weight is another parameter, and torch copies no hooks."""
+        super().__setstate__(state)
+        if self.is_effective and self.weight.requires_grad:
+            self.weight.register_post_accumulate_grad_hook(self._after_backward)
+
     def _after_backward(self, _: Tensor) -> None:
         if not self.deferred:
             self.derive_gradients()
@@ -159,15 +167,15 @@ def apply_molf(model: AnyModule, config: MoLFConfig) -> AnyModule:
     """Replaces a model's target linears by `MoLFLinear`, in place; step 0 is the model as it was.
 
     Args:
-        model: Any module with `nn.Linear` layers.
+        model: Any module with `nn.Linear` layers, `torch.compile`d or not; before it is sharded over processes.
         config: Targets and experts. With `train_base=False` every parameter but the experts' is frozen.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: Nothing matches, something matches that is no `nn.Linear`, a target shares its weight with another
-            module, or the model has experts already.
+        ValueError: Nothing matches, something matches that is no `nn.Linear` or no plain one (quantized, sharded), a
+            target shares its weight with another module, or the model has experts already.
     """
     if any(isinstance(module, MoLFLinear) for module in model.modules()):
         raise ValueError("the model has MoLF experts already; merge_molf(model) first")
@@ -206,12 +214,26 @@ def merge_molf(model: AnyModule) -> AnyModule:
 
 
 def molf_modules(model: nn.Module) -> list[tuple[str, MoLFLinear]]:
-    """All layers with experts, by name, in the model's order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoLFLinear)]
+    """All layers with experts, by name, in the model's order; the names are those from before `torch.compile`."""
+    return [
+        (".".join(part for part in name.split(".") if part != "_orig_mod"), module)
+        for name, module in model.named_modules()
+        if isinstance(module, MoLFLinear)
+    ]
 
 
 def defer_lora_gradients(model: nn.Module, deferred: bool = True) -> None:
-    """Turns the derivation after each backward off (or on), for a loop that calls `derive_lora_gradients` itself."""
+    """Turns the derivation after each backward off (or on again), for a loop that derives once a step itself.
+
+    Without it each backward derives the experts' gradients from what its weight has accumulated so far, so that any
+    loop and any trainer works unchanged; with N micro-batches a step, N - 1 of the N derivations are for nothing. A
+    loop that defers calls `derive_lora_gradients` after the last backward and before clipping. The dense forward needs
+    neither. Under DistributedDataParallel deferring is a must: a backward sees one process's gradient only.
+
+    Args:
+        model: After `apply_molf`.
+        deferred: False gives the derivation back to the backward.
+    """
     for _, module in molf_modules(model):
         module.deferred = deferred
 
@@ -317,26 +339,52 @@ def _targets(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Linear]:
         return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
     found: dict[str, nn.Linear] = {}
-    wrong = []
+    wrong, unfit = [], []
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if callable(output_embeddings) else None
     for name, module in model.named_modules():
         if not name or matches(name, config.exclude_modules):
             continue
         linear = isinstance(module, nn.Linear)
         # transformers' Conv1D is a linear with a transposed weight; GPT-2 is made of them.
         if config.target_modules == "all-linear":
-            wanted = linear or type(module).__name__ == "Conv1D"
+            wanted = (linear and module is not head) or type(module).__name__ == "Conv1D"
         else:
             wanted = matches(name, config.target_modules)
         if wanted and linear:
             found[name] = module  # type: ignore[assignment]
+            unfit += [] if _plain(found[name]) else [f"{name} ({_described(found[name])})"]
         elif wanted:
             wrong.append(f"{name} ({type(module).__name__})")
     if wrong:
-        raise ValueError(f"only nn.Linear can get experts, but these match: {', '.join(wrong[:5])}")
+        raise ValueError(
+            f"only nn.Linear can get experts, but these match: {', '.join(wrong[:5])}; leave them out by "
+            "target_modules or exclude_modules, or take a model made of nn.Linear (GPT-2 is made of Conv1D)"
+        )
+    if unfit:
+        raise ValueError(
+            f"only a plain nn.Linear with a floating-point weight can get experts, but these match: "
+            f"{', '.join(unfit[:5])}; load the model without quantization, call apply_molf before other adapters and "
+            "before sharding, or add them to exclude_modules"
+        )
     if not found:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(f"no module matches {config.target_modules!r}; the model's linears: {', '.join(linears[:20])}")
     return found
+
+
+def _plain(linear: nn.Linear) -> bool:
+    """Whether all that the layer does is x W^T + b with a W that can be trained.
+
+    Quantized layers are subclasses with a forward of their own (bitsandbytes, FP8), or hide packed numbers in a
+    tensor subclass that calls itself bfloat16 (torchao).
+    """
+    trainable = linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return type(linear).forward is nn.Linear.forward and type(linear.weight) is nn.Parameter and trainable
+
+
+def _described(linear: nn.Linear) -> str:
+    return f"{type(linear).__name__}, weight {type(linear.weight).__name__} of {linear.weight.dtype}"
 
 
 def _shared_weights(model: nn.Module) -> set[str]:
