@@ -202,13 +202,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize(("ranks", "k", "score", "forward", "train_base"), CASES)
 def test_free_run_equals_the_literal_equations(
-    ranks: tuple[int, ...], k: int, score: Any, forward: str, train_base: bool
+    ranks: tuple[int, ...], k: int, score: Any, forward: str, train_base: bool, backend: Any
 ) -> None:
     model = network(ranks, forward, train_base)
     oracle = Transcription(model, ranks, k, score, train_base)
-    optimizer = MoLFAdamW(groups(model), top_k=k, score=score)
+    optimizer = MoLFAdamW(groups(model), top_k=k, score=score, backend=backend)
     winners: list[list[list[bool]]] = []
 
     def keep(step: int) -> None:

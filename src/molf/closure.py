@@ -31,11 +31,18 @@ def closure(module: str, package: Path = PACKAGE) -> set[str]:
 
 
 def code_hash(module: str, package: Path = PACKAGE) -> str:
-    """sha256 over the sources of `closure(module)`, as 16 hexadecimal digits."""
+    """sha256 over the files of all of `closure(module)`, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(closure(module, package)):
-        digest.update(name.encode() + b"\0" + module_path(name, package).read_bytes())
+        for path in files(name, package):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def files(module: str, package: Path = PACKAGE) -> list[Path]:
+    """A module's file and those of the same stem beside it: what it compiles or fills in."""
+    path = module_path(module, package)
+    return [path, *sorted(other for other in path.parent.glob(f"{path.stem}.*") if other.suffix != ".py")]
 
 
 def module_path(name: str, package: Path = PACKAGE) -> Path:

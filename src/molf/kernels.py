@@ -1,12 +1,11 @@
-"""The arithmetic of AdamW on (rows, columns) tensors: run as it stands, a cacheful at a time, or compiled.
+"""The arithmetic of AdamW on (rows, columns) tensors, in torch's own operations.
 
 Every function here works in place on views; what belongs together and who moves is the optimizer's matter (optim.py).
-The same functions are the reference for the Triton kernels of kernels_cuda.py.
+kernels.cpp does the same for the host in one pass over the memory; this is its reference, and runs where it does not:
+on devices, and for 8-bit moments.
 """
 
 import functools
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ CODES_PER_SCALE = 256
 Moment = Tensor | tuple[Tensor, Tensor]  # values, or 8-bit codes and their scales
 
 
-Number = Tensor | float  # a scalar tensor where the code is compiled, or every new number would compile it anew
+Number = Tensor | float  # a scalar tensor where `move` is compiled, or every new number would compile it anew
 
 
 class Codebooks(NamedTuple):
@@ -43,16 +42,6 @@ class Slab(NamedTuple):
     first: int
 
 
-class Rule(NamedTuple):
-    """What a weight's step needs: p <- p keep, then p <- p - rate m / (root sqrt v + eps)."""
-
-    keep: float  # 1 - eta lambda
-    rate: float  # eta / (1 - b1^t)
-    root: float  # 1 / sqrt(1 - b2^t)
-    eps: float
-    seed: int  # of the rounding of bfloat16 weights
-
-
 def advance(
     gradients: Sequence[Tensor],
     ms: Sequence[Moment],
@@ -63,7 +52,7 @@ def advance(
     score: str | None,
     books: Codebooks | None,
 ) -> list[Tensor]:
-    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, and each row's part of the score.
+    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, and parts of the score's sum.
 
     Args:
         gradients: (rows, columns) each.
@@ -76,7 +65,7 @@ def advance(
         books: For 8-bit moments.
 
     Returns:
-        (rows,) each; empty without a score.
+        Any number of partial sums each; empty without a score.
     """
     sums = []
     for gradient, m, v in zip(gradients, ms, vs, strict=True):
@@ -85,8 +74,9 @@ def advance(
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if score is not None:
-            ratio = first / (second.sqrt() + eps)
-            sums.append(((first if score == "epd" else ratio) * ratio).sum(dim=1))
+            ratio = first / second.sqrt().add_(eps)
+            other = first if score == "epd" else ratio
+            sums.append(torch.dot(other.flatten(), ratio.flatten()).view(1))
         if books is not None:
             encode(first, m, books.signed)
             encode(second, v, books.unsigned)
@@ -119,10 +109,16 @@ def move(
     """
     for weight, m, v, keep, seed in zip(weights, ms, vs, keeps, seeds, strict=True):
         first, second = decode(m, books, True), decode(v, books, False)
-        new = weight.to(first.dtype) * keep - rate * first / (second.sqrt() * root + eps)
+        denominator = second.sqrt().mul_(root).add_(eps)
+        new = weight.to(first.dtype)
+        if isinstance(rate, Tensor):
+            new = new * keep - rate * (first / denominator)
+        else:
+            new.mul_(keep).addcdiv_(first, denominator, value=-rate)
         if weight.dtype == torch.bfloat16:
             new = round_stochastically(new, seed)
-        weight.copy_(new)
+        if new is not weight:
+            weight.copy_(new)
 
 
 def round_stochastically(x: Tensor, seed: Number) -> Tensor:
@@ -189,8 +185,8 @@ def fits_codes(parameter: Tensor) -> bool:
     return parameter.numel() >= COLUMNS and parameter.numel() % CODES_PER_SCALE == 0
 
 
-def slabs(weight: Tensor, gradient: Tensor | None, m: Moment, v: Moment) -> tuple[Slab | None, Slab | None]:
-    """A parameter's whole rows of `COLUMNS` elements, and the rest as one short row."""
+def slabs(weight: Tensor, gradient: Tensor | None, m: Moment, v: Moment) -> list[Slab]:
+    """A parameter's whole rows of `COLUMNS` elements, and the rest as one short row; what is empty is left out."""
     size = weight.numel()
     whole = size - size % COLUMNS
 
@@ -209,8 +205,8 @@ def slabs(weight: Tensor, gradient: Tensor | None, m: Moment, v: Moment) -> tupl
         g = None if gradient is None else cut(gradient, start, stop, width)
         return Slab(cut(weight, start, stop, width), g, of(m), of(v), start)
 
-    head = part(0, whole, COLUMNS) if whole else None
-    return head, part(whole, size, size - whole) if size > whole else None
+    head = [part(0, whole, COLUMNS)] if whole else []
+    return head + ([part(whole, size, size - whole)] if size > whole else [])
 
 
 def blocks(slab: Slab) -> Iterator[Slab]:
@@ -227,11 +223,6 @@ def blocks(slab: Slab) -> Iterator[Slab]:
 
         g = None if slab.gradient is None else slab.gradient[cut]
         yield Slab(slab.weight[cut], g, of(slab.m), of(slab.v), slab.first + start * COLUMNS)
-
-
-def compiler_is_there() -> bool:
-    """Whether torch.compile can be expected to work on the host: a C++ compiler, and a Python that dynamo knows."""
-    return any(map(shutil.which, ("g++", "clang++", "c++"))) and sys.platform == "linux"
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 The arithmetic is in kernels.py; here is who owns which parameter, who wins, and what that does to an effective weight.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from molf import kernels
-from molf.kernels import Moment, Rule
+from molf import kernels, native
+from molf.kernels import Moment
 from molf.nn import expert_names, local, molf_modules, other_parameters, whole
 
 Precision = Literal["float32", "8bit"]
 
-# Elements from which compiling the arithmetic for the host pays: less is done before the compiler is.
-WORTH_COMPILING = 1 << 24
+# Elements of a parameter from which compiling the arithmetic of 8-bit moments pays.
+WORTH_COMPILING = 1 << 17
 PRODUCT_ROWS = 256  # of a bfloat16 weight that are widened at once
 
 
@@ -136,7 +135,7 @@ class AdamW(torch.optim.Optimizer):
         eps: Added to the root of the second moment.
         moments: `float32` (float64 for float64 parameters) or `8bit`: codes in blocks of 256 that share a scale, for
             parameters of at least 4,096 elements; needs torchao.
-        compile: Whether the host's arithmetic is compiled; None decides by size. What cannot be compiled runs as it is.
+        backend: `auto` takes kernels.cpp on the host where a compiler is; `eager` never does.
 
     Raises:
         ValueError: A value is out of range, or torchao is needed and lacks.
@@ -148,7 +147,7 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         moments: Precision = "float32",
-        compile: bool | None = None,
+        backend: Literal["auto", "eager"] = "auto",
         **defaults: Any,
     ) -> None:
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
@@ -157,7 +156,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"moments is {moments!r}; allowed: float32, 8bit")
         if moments == "8bit":
             kernels.codebooks(torch.device("cpu"))
-        self.moments, self.compile, self._compiler_proven = moments, compile, False
+        self.moments, self.backend = moments, backend
         super().__init__(params, {"betas": tuple(betas), "eps": eps, **defaults})
 
     @torch.no_grad()
@@ -228,34 +227,41 @@ class AdamW(torch.optim.Optimizer):
                 self._advance([parameter], group, None)
                 self._move([parameter], [True], group)
 
-    def _advance(self, params: Sequence[Tensor], group: dict[str, Any], score: str | None) -> list[list[Tensor]]:
-        """Moves the moments of parameters by their gradients; returns the parts of each one's score sum."""
-        parts: list[list[Tensor]] = [[] for _ in params]
-        heads: list[tuple[int, kernels.Slab, kernels.Codebooks | None]] = []
+    def _advance(self, params: Sequence[Tensor], group: dict[str, Any], score: str | None) -> Tensor:
+        """Moves the moments of parameters by their gradients.
+
+        Returns:
+            Each one's score sum over what this process holds of it, (parameters,) of float64.
+        """
         beta1, beta2 = group["betas"]
         constants = (beta1, beta2, group["eps"], score)
+        sums: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(params)
+        together: dict[int, list[int]] = {}
         for index, parameter in enumerate(params):
             assert parameter.grad is not None  # the caller saw to it
             self._state(parameter)["step"] += 1
+            weight, gradient = local(parameter), local(parameter.grad)
             m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
+            kind = self._native(weight, m)
+            if kind is not None and gradient.is_contiguous() and gradient.dtype == weight.dtype:
+                together.setdefault(kind, []).append(index)
+                continue
             books = self._books(parameter)
-            for position, slab in enumerate(kernels.slabs(local(parameter), local(parameter.grad), m, v)):
-                if slab is None:
-                    continue
-                if position == 0 and self._compiles(parameter):
-                    heads.append((index, slab, books))
-                    continue
-                for block in kernels.blocks(slab):
+            parts: list[Tensor] = []
+            for slab in kernels.slabs(weight, gradient, m, v):
+                for block in kernels.blocks(slab) if books is None else [slab]:
                     assert block.gradient is not None
-                    parts[index] += kernels.advance([block.gradient], [block.m], [block.v], *constants, books)
-        # One call takes all parameters of one kind of state, since a call costs as much as a small parameter's work.
-        for books in dict.fromkeys(books for _, _, books in heads):
-            chosen = [(index, slab) for index, slab, own in heads if own is books]
-            lists = [[slab.gradient for _, slab in chosen], [slab.m for _, slab in chosen], [s.v for _, s in chosen]]
-            sums = self._call(kernels.advance, lists, constants, books)
-            for (index, _), part in zip(chosen, sums, strict=False):
-                parts[index].append(part)
-        return parts
+                    run = self._coded(kernels.advance, block) if books else kernels.advance
+                    parts += run([block.gradient], [block.m], [block.v], *constants, books)
+            if score is not None:
+                sums[index] = torch.cat(parts).double().sum()
+        for kind, chosen in together.items():
+            gradients = [local(params[i].grad) for i in chosen]  # type: ignore[arg-type]  # none is None
+            ms, vs = ([self._moment(params[i], name) for i in chosen] for name in ("exp_avg", "exp_avg_sq"))
+            found = native.advance(kind, gradients, ms, vs, *constants)  # type: ignore[arg-type]  # values, not codes
+            for i, part in zip(chosen, found, strict=True):
+                sums[i] = part
+        return torch.stack(sums)
 
     def _move(
         self,
@@ -268,63 +274,45 @@ class AdamW(torch.optim.Optimizer):
 
         With a bool scalar `wins` on a device, only if it holds: nothing is read back to the host.
         """
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        step = self.state[params[0]]["step"]
-        rule = Rule(
-            keep=1 - lr * group["weight_decay"],
-            rate=lr / (1 - beta1**step),
-            root=(1 - beta2**step) ** -0.5,
-            eps=group["eps"],
-            seed=step * 0x9E3779B1,
-        )
-        heads = []
+        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
         for index, (parameter, decays) in enumerate(zip(params, decayed, strict=True)):
+            step = self.state[parameter]["step"]
+            keep = 1 - lr * group["weight_decay"] if decays else 1.0
+            rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+            seed = step * 0x9E3779B1 + index * 0x85EBCA6B
             weight, books = local(parameter), self._books(parameter)
+            m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
+            kind = self._native(weight, m) if wins is None else None
+            if kind is not None:
+                native.move(kind, [weight], [m], [v], [keep], [rate], [root], eps, [seed])  # type: ignore[list-item]
+                continue
             # A view of a strided parameter would be a copy, and the step lost.
             target = weight if weight.is_contiguous() else weight.contiguous()
             old = weight.clone() if wins is not None else weight
-            m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
-            own = rule._replace(keep=rule.keep if decays else 1.0, seed=rule.seed + index * 0x85EBCA6B)
-            for position, slab in enumerate(kernels.slabs(target, None, m, v)):
-                if slab is None:
-                    continue
-                if position == 0 and target is weight and self._compiles(parameter):
-                    heads.append((slab, own, books))
-                    continue
-                for block in kernels.blocks(slab):
-                    seeds = [own.seed + block.first]
-                    kernels.move(
-                        [block.weight], [block.m], [block.v], [own.keep], own.rate, own.root, own.eps, seeds, books
-                    )
+            for slab in kernels.slabs(target, None, m, v):
+                for block in kernels.blocks(slab) if books is None else [slab]:
+                    numbers: list[Any] = [keep, rate, root, seed + block.first]
+                    run: Callable[..., Any] = kernels.move
+                    if books:
+                        run = self._coded(kernels.move, block)
+                        numbers = [torch.full((), x, dtype=torch.float64) for x in numbers[:3]]
+                        numbers.append(torch.full((), seed + block.first & 0xFFFFFFFF, dtype=torch.int64))
+                    run([block.weight], [block.m], [block.v], [numbers[0]], *numbers[1:3], eps, [numbers[3]], books)
             if target is not weight:
                 weight.copy_(target)
             if wins is not None:
                 weight.copy_(torch.where(wins, weight, old))
-        for books in dict.fromkeys(books for _, _, books in heads):
-            lists = _arguments([(slab, own) for slab, own, its in heads if its is books])
-            self._call(kernels.move, lists[:3], lists[3:], books)
 
-    def _compiles(self, parameter: Tensor) -> bool:
-        """Whether a parameter's arithmetic is compiled; decided once, by all of them."""
-        if self.compile is None:
-            size = sum(local(p).numel() for group in self.param_groups for p in group["params"])
-            self.compile = size >= WORTH_COMPILING and kernels.compiler_is_there()
-        return self.compile and parameter.device.type == "cpu" and parameter.dtype != torch.float64
+    def _native(self, weight: Tensor, moment: Moment) -> int | None:
+        """kernels.cpp's number for a parameter that it serves, else None."""
+        return native.kind(weight, moment) if self.backend == "auto" and isinstance(moment, Tensor) else None
 
-    def _call(self, function: Callable[..., Any], lists: Any, constants: Any, books: kernels.Codebooks | None) -> Any:
-        """A kernel compiled; as it is, with a warning, where the compiler turns out not to work."""
-        if self._compiler_proven:
-            return kernels.compiled(function)(*lists, *constants, books)
-        try:
-            kernels.mark_rows(*lists)
-            result = kernels.compiled(function)(*lists, *constants, books)
-            self._compiler_proven = function is kernels.move
-            return result
-        except Exception as error:  # whatever a compiler that lacks or fails raises, before anything has moved
-            line = next(iter(str(error).splitlines()), "")[:200]
-            warnings.warn(f"the optimizer runs uncompiled and slower: {type(error).__name__}: {line}", stacklevel=2)
-            self.compile, self._compiler_proven = False, True
-            return function(*lists, *constants, books)
+    def _coded(self, function: Callable[..., Any], slab: kernels.Slab) -> Callable[..., Any]:
+        """`function` for 8-bit moments: compiled where there is much to do, since it has many small operations."""
+        if self.backend == "eager" or slab.weight.numel() < WORTH_COMPILING:
+            return function
+        kernels.mark_rows(slab.weight, slab.m, slab.v, *([] if slab.gradient is None else [slab.gradient]))
+        return kernels.compiled(function)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state in the precision it was saved in: torch would cast it to the parameters' dtype."""
@@ -349,7 +337,7 @@ class MoLFAdamW(AdamW):
         top_k: Experts that win in each module and step.
         score: `epd` (S = eta / N sum m^2 / (sqrt v + eps)) or `pfn` (S = sqrt(1 / N sum (m / (sqrt v + eps))^2)).
         moments: As `AdamW`'s.
-        compile: As `AdamW`'s.
+        backend: As `AdamW`'s.
 
     `last_routing` holds the last step's choice, on the parameters' device; on CUDA a step reads nothing back to the
     host. Sharded parameters (DTensor, as FSDP2 makes them) sum their scores over the shards, so that every process
@@ -367,7 +355,7 @@ class MoLFAdamW(AdamW):
         top_k: int = 1,
         score: Literal["epd", "pfn"] = "epd",
         moments: Precision = "float32",
-        compile: bool | None = None,
+        backend: Literal["auto", "eager"] = "auto",
     ) -> None:
         groups = list(params)
         if not groups or not all(isinstance(group, dict) and "kind" in group for group in groups):
@@ -377,7 +365,7 @@ class MoLFAdamW(AdamW):
             raise ValueError(f"top_k is {top_k}; there are {experts} experts in each module, so 1 to {experts} may win")
         if score not in ("epd", "pfn"):
             raise ValueError(f"score is {score!r}; allowed: epd, pfn")
-        super().__init__(groups, betas, eps, moments, compile, top_k=top_k, score=score)
+        super().__init__(groups, betas, eps, moments, backend, top_k=top_k, score=score)
         self.last_routing: Routing | None = None
         self._modules = self._layout()
 
@@ -464,28 +452,19 @@ class MoLFAdamW(AdamW):
     def _scores(self) -> Tensor:
         """Moves all moments; returns every expert's score, (modules, experts) of float64."""
         groups = [group for group in self.param_groups if group["kind"] == "expert"]
-        parts: list[Tensor] = []
-        owners: list[int] = []  # of each part: the expert it belongs to
-        sizes: list[int] = []
-        for module in self._modules:
-            params = [p for expert in module.experts for p in self._params(expert)]
-            found = iter(self._advance(params, groups[0], groups[0]["score"]))
-            for expert in module.experts:
-                for _ in range(expert.count):
-                    own = next(found)
-                    parts += own
-                    owners += [len(sizes)] * len(own)
-                sizes.append(sum(p.numel() for p in self._params(expert)))
-        device = parts[0].device
-        sums = torch.zeros(len(sizes), dtype=torch.float64, device=device)
-        lengths = torch.tensor([len(part) for part in parts])
-        rows = torch.repeat_interleave(torch.tensor(owners), lengths)
-        sums.index_add_(0, _on(rows, device), torch.cat(parts).double())
-        _sum_over_shards(groups[0]["params"][0], sums)
-        mean = (sums / _on(torch.tensor(sizes), device)).view(len(self._modules), -1)
+        experts = [expert for module in self._modules for expert in module.experts]
+        params = [p for expert in experts for p in self._params(expert)]
+        owners = [index for index, expert in enumerate(experts) for _ in range(expert.count)]
+        sizes = [sum(p.numel() for p in self._params(expert)) for expert in experts]
+        parts = self._advance(params, groups[0], groups[0]["score"])
+        sums = torch.zeros(len(experts), dtype=torch.float64, device=parts.device)
+        sums.index_add_(0, _on(torch.tensor(owners), parts.device), parts)
+        _sum_over_shards(params[0], sums)
+        mean = (sums / _on(torch.tensor(sizes), parts.device)).view(len(self._modules), -1)
         if groups[0]["score"] == "pfn":
             return mean.sqrt()
-        return mean * _on(torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64), device)
+        rates = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64)
+        return mean * _on(rates, parts.device)
 
     def _move_expert(self, module: Module, index: int, wins: Tensor | None) -> None:
         """Moves an expert's weights; with a bool scalar `wins` on a device, only if it holds (no read-back)."""
@@ -544,25 +523,6 @@ def _evaluate(closure: Callable[[], float] | None) -> float | None:
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on a device, without waiting for it."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _arguments(pairs: list[tuple[kernels.Slab, Rule]]) -> tuple[Any, ...]:
-    """What `kernels.move` takes, compiled, for slabs that share rate, root and eps: numbers that change are tensors."""
-    rule = pairs[0][1]
-
-    def scalar(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.full((), value, dtype=dtype)
-
-    return (
-        [slab.weight for slab, _ in pairs],
-        [slab.m for slab, _ in pairs],
-        [slab.v for slab, _ in pairs],
-        [scalar(own.keep) for _, own in pairs],
-        scalar(rule.rate),
-        scalar(rule.root),
-        rule.eps,
-        [scalar(own.seed + slab.first & 0xFFFFFFFF, torch.int64) for slab, own in pairs],
-    )
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, wins: Tensor | None, seed: int) -> None:
