@@ -1,0 +1,198 @@
+"""The arithmetic of AdamW: kernels.cpp against its reference in torch, 8-bit moments, stochastic rounding."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from molf import kernels, native
+from molf.optim import AdamW, plain_param_groups
+
+# Shapes around the blocks' edges: a scalar row, less than a row of columns, whole rows, whole rows and a rest.
+SHAPES = [(1,), (7, 5), (64, 64), (130, 33), (3, 4096), (40, 4096), (17000,)]
+
+
+def tensors(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+@torch.no_grad()
+def stepped(dtype: torch.dtype, backend: Any, steps: int = 4, moments: Any = "float32") -> tuple[AdamW, list[Tensor]]:
+    """Parameters after some steps on fixed gradients."""
+    params = [nn.Parameter(t) for t in tensors(dtype)]
+    optimizer = AdamW(plain_param_groups(params, 1e-2, 0.1), moments=moments, backend=backend)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+        for group in optimizer.param_groups:
+            optimizer._advance(group["params"], group, None)
+            optimizer._move(group["params"], [p.ndim > 1 for p in group["params"]], group)
+    return optimizer, [p.detach() for p in params]
+
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler is here")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.0)])
+def test_the_compiled_arithmetic_equals_its_reference(dtype: torch.dtype, rtol: float) -> None:
+    (compiled, mine), (reference, theirs) = stepped(dtype, "auto"), stepped(dtype, "eager")
+    assert native.kind(mine[0], compiled.state[compiled.param_groups[0]["params"][0]]["exp_avg"]) is not None
+    for left, right in zip(mine, theirs, strict=True):
+        if dtype == torch.bfloat16:
+            # The same noise; a value at the border of two may fall either way after another order of operations.
+            assert (left != right).float().mean() < 0.01
+            torch.testing.assert_close(left, right, rtol=2**-7, atol=0)
+        else:
+            torch.testing.assert_close(left, right, rtol=rtol, atol=1e-2 * rtol)
+    for p, q in zip(compiled.state, reference.state, strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(compiled.state[p][name], reference.state[q][name], rtol=1e-5, atol=1e-9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("score", ["epd", "pfn"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_score_sums_equal_the_reference_and_do_not_depend_on_the_threads(dtype: torch.dtype, score: str) -> None:
+    found = []
+    for backend, threads in (("auto", 1), ("auto", 2), ("eager", 1)):
+        optimizer, params = stepped(dtype, backend)
+        group = optimizer.param_groups[0]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            found.append(optimizer._advance(group["params"], group, score))
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=2e-5, atol=0)
+    assert (found[0] > 0).all()
+
+
+@torch.no_grad()
+def test_a_strided_parameter_is_moved_in_place() -> None:
+    results = []
+    for strided in (False, True):
+        values = torch.arange(12.0).view(3, 4)
+        p = nn.Parameter(values.T.contiguous().T if strided else values.clone())
+        assert p.is_contiguous() != strided
+        optimizer = AdamW(plain_param_groups([p], 0.1, 0.1))
+        p.grad = torch.ones(3, 4)
+        optimizer._advance([p], optimizer.param_groups[0], None)
+        optimizer._move([p], [True], optimizer.param_groups[0])
+        results.append(p.detach().clone())
+    torch.testing.assert_close(results[0], results[1])
+    assert not torch.equal(results[0], torch.arange(12.0).view(3, 4))
+
+
+def test_stochastic_rounding_is_right_in_the_mean_and_never_off_by_more_than_one_step() -> None:
+    x = torch.full((64, 4096), 1.0 + 2.0**-10)  # an eighth of the way from 1 to the next bfloat16
+    rounded = kernels.round_stochastically(x, 12345).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2.0**-7}
+    share = (rounded > 1).double().mean()
+    # 262,144 draws of chance 1/8: five standard deviations are 0.0032.
+    assert abs(share - 0.125) < 0.0032
+    other = kernels.round_stochastically(x, 12346 + 0x9E3779B1).float()
+    assert 0.2 < (rounded != other).double().mean() < 0.24  # 2 (1/8) (7/8): another seed, other noise
+    exact = torch.tensor([[0.0, -0.0, 1.0, -2.5, 2.0**-120]])
+    assert torch.equal(kernels.round_stochastically(exact, 7).float(), exact)
+
+
+def test_updates_below_a_bfloat16_step_add_up() -> None:
+    """Rounding to the nearest would leave every weight where it is, however many steps are made."""
+    p = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = AdamW(plain_param_groups([p], 1e-4, 0.0))  # a step of 1e-4 where bfloat16 knows 2^-8 below 1
+    for _ in range(200):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert abs(p.float().mean() - (1 - 200 * 1e-4)) < 1e-3
+    assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+
+
+def quadratic(moments: Any) -> tuple[AdamW, Callable[[], float]]:
+    torch.manual_seed(0)
+    target, p = torch.randn(64, 128), nn.Parameter(torch.zeros(64, 128))
+    optimizer = AdamW(plain_param_groups([p], 3e-2, 0.0), moments=moments)
+
+    def train() -> float:
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (p - target).square().mean()
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    return optimizer, train
+
+
+def test_8_bit_moments_learn_as_float32_ones_do_in_a_quarter_of_the_bytes() -> None:
+    pytest.importorskip("torchao")
+    sizes, losses = [], []
+    for moments in ("float32", "8bit"):
+        optimizer, train = quadratic(moments)
+        losses.append(train())
+        (state,) = optimizer.state.values()
+        sizes.append(sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor)))
+    assert losses[1] == pytest.approx(losses[0], rel=0.2) and losses[0] < 0.1  # from a mean square of 1
+    assert sizes[1] < 0.27 * sizes[0]
+
+
+def test_8_bit_codes_give_back_what_they_stand_for() -> None:
+    pytest.importorskip("torchao")
+    books = kernels.codebooks(torch.device("cpu"))
+    values = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0)) * 1e-3
+    coded = (torch.empty(3, 4096, dtype=torch.uint8), torch.empty(3, 16))
+    kernels.encode(values, coded, books.signed)
+    decoded = kernels.decode(coded, books, signed=True)
+    largest = values.view(-1, 256).abs().amax(dim=1)
+    assert ((decoded - values).abs().view(-1, 256).amax(dim=1) < 0.04 * largest).all()
+    assert (decoded == 0).float().mean() < 0.01
+
+
+def test_small_parameters_keep_float32_moments() -> None:
+    pytest.importorskip("torchao")
+    optimizer, params = stepped(torch.float32, "auto", steps=1, moments="8bit")
+    dtypes = {tuple(p.shape): state["exp_avg"].dtype for p, state in optimizer.state.items()}  # type: ignore[union-attr]
+    assert dtypes[(40, 4096)] == dtypes[(64, 64)] == torch.uint8
+    assert dtypes[(7, 5)] == dtypes[(130, 33)] == dtypes[(17000,)] == torch.float32
+
+
+def test_8_bit_state_survives_a_save_and_a_load() -> None:
+    pytest.importorskip("torchao")
+    first, train = quadratic("8bit")
+    train()
+    second, _ = quadratic("8bit")
+    second.load_state_dict(first.state_dict())
+    for left, right in zip(first.state.values(), second.state.values(), strict=True):
+        for name, value in left.items():
+            same = torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+            assert same and (not isinstance(value, Tensor) or value.dtype == right[name].dtype), name
+
+
+def test_without_a_compiler_it_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    try:
+        with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+            _, params = stepped(torch.float32, "auto", steps=1)
+    finally:
+        native.library.cache_clear()
+    monkeypatch.undo()
+    _, reference = stepped(torch.float32, "eager", steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(params, reference, strict=True))
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    try:
+        with pytest.warns(UserWarning, match="does not compile kernels.cpp"):
+            assert native.library() is None
+    finally:
+        native.library.cache_clear()
+    assert not list((tmp_path / "molf").glob("*"))
