@@ -131,9 +131,37 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer model with a word-level tokenizer."""
+    from transformers import LlamaConfig
+
+    return write_base(tmp_path_factory.mktemp("base"), LlamaConfig(intermediate_size=48, **SHAPE))
+
+
+@pytest.fixture(scope="session")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another, whose head is its embedding, with biases and a width that two processes cannot halve."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(intermediate_size=45, tie_word_embeddings=True, attention_bias=True, **SHAPE)
+    return write_base(tmp_path_factory.mktemp("tied"), config)
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(WORDS) + 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def write_base(folder: Path, config: Any) -> Path:
+    """Random weights of a configuration, and the tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -142,18 +170,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

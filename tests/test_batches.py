@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from molf.batches import encode_examples
-from molf.encoding import left_pad
+from molf.batches import Collator, SeededBatches, SeededOrder, encode_examples
+from molf.config import Training, check_params, read_yaml
+from molf.encoding import IGNORED, left_pad
 from molf.errors import UserError
 from molf.models import load_tokenizer
-from tests.conftest import frame
+from tests.conftest import ROOT, frame
 
 
 def test_prompt_and_completion_are_encoded_apart_with_bos_and_eos(base: Path) -> None:
@@ -34,3 +35,54 @@ def test_padding_is_left_and_positions_count_from_the_first_real_token() -> None
     assert batch["input_ids"].tolist() == [[5, 6, 7], [2, 2, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def budget(**changes: int) -> Training:
+    training = check_params(read_yaml(ROOT / "params.yaml"), "x").training
+    return Training.model_validate(training.model_dump() | changes)
+
+
+def steps(size: int, training: Training, epoch: int) -> list[set[int]]:
+    """The examples of each optimizer step of an epoch, over all processes."""
+    rows, accumulation = training.micro_batches()
+    order = SeededOrder(size, seed=5)
+    shares = []
+    for rank in range(training.processes):
+        batches = SeededBatches(order, rows, rank, training.processes)
+        batches.set_epoch(epoch)
+        shares.append(list(batches))
+        assert len(shares[-1]) == len(batches)
+        assert all(len(batch) <= rows for batch in batches)
+    rounds = list(zip(*shares, strict=True))  # as many in each process, since they act together
+    found = []
+    for start in range(0, len(rounds), accumulation):
+        examples = [index for batches in rounds[start : start + accumulation] for batch in batches for index in batch]
+        assert len(examples) == len(set(examples))
+        found.append(set(examples))
+    return found
+
+
+@pytest.mark.parametrize("size", [7, 64, 65, 81])
+def test_a_step_sees_the_same_examples_whatever_the_number_of_processes(size: int) -> None:
+    for epoch in (0, 3):
+        one = steps(size, budget(batch_size=4, gradient_accumulation=4), epoch)
+        assert set.union(*one) == set(range(size)) and all(len(step) == 16 for step in one[:-1])
+        assert [steps(size, budget(batch_size=4, gradient_accumulation=4, processes=n), epoch) for n in (2, 4)] == [
+            one,
+            one,
+        ]
+        assert steps(size, budget(batch_size=16, gradient_accumulation=1, processes=2), epoch) == one
+
+
+def test_an_epoch_follows_from_its_number_alone() -> None:
+    batches = SeededBatches(SeededOrder(20, seed=1), 4)
+    first, second = list(batches), list(batches)
+    assert first != second and sorted(sum(second, [])) == list(range(20))
+    batches.set_epoch(1)
+    assert list(batches) == second
+
+
+def test_no_example_makes_a_row_without_a_label() -> None:
+    batch = Collator(pad_id=2)([])
+    assert batch["input_ids"].shape == (1, 2) and (batch["labels"] == IGNORED).all()
+    assert batch["attention_mask"].all()  # a row that attends to nothing would be no number

@@ -69,6 +69,20 @@ def test_presets_give_every_task_the_budget_that_they_mean() -> None:
             "grid.methods: there is no methods.lorra; there is fft, lora, molf, molf-e",
         ),
         ({"grid.tasks": ["poetry"]}, "grid.tasks: there is no tasks.poetry; there is sql, med, fact"),
+        (
+            {"training.processes": 3},
+            "training: processes is 3; it must divide gradient_accumulation (1) or batch_size (8), so that a step "
+            "sees the same examples as with one process",
+        ),
+        (
+            {"tasks.fact.training": {"batch_size": 5}, "training.processes": 2},
+            "tasks.fact.training: processes is 2; it must divide gradient_accumulation (1) or batch_size (5), so "
+            "that a step sees the same examples as with one process",
+        ),
+        (
+            {"training.processes": 2, "training.sharding": "fsdp", "training.moments": "8bit"},
+            "training: moments: 8bit has blocks that cannot be sharded; use sharding: ddp or moments: float32",
+        ),
         ({"grid.models": ["gpt"]}, "grid.models: there is no models.gpt; there is tiny"),
         ({"grid.models": [["tiny"]]}, "grid.models.0: ['tiny']: input should be a valid string"),
         (

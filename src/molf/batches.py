@@ -1,6 +1,7 @@
 """What a training step is fed: encoded examples, their order, their batches."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -60,14 +61,12 @@ def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, m
     return examples
 
 
-class SeededOrder(Sampler[int]):
+@dataclass(frozen=True)
+class SeededOrder:
     """A fresh order in each epoch, by the seed and the epoch alone, so that it is the same for every method."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    size: int  # number of examples
+    seed: int
 
     def __len__(self) -> int:
         return self.size
@@ -82,19 +81,57 @@ class SeededOrder(Sampler[int]):
         orders = np.asarray([self.indices(epoch) for epoch in range(epochs)], dtype=np.int64)
         return hashlib.sha256(orders.tobytes()).hexdigest()[:16]
 
-    def __iter__(self) -> Iterator[int]:
+
+class SeededBatches(Sampler[list[int]]):
+    """One process's micro-batches of an epoch.
+
+    The order is cut into rounds of `processes * batch_size` examples, and each process takes its share of every round,
+    so that an optimizer step sees the same examples whatever the number of processes. In an epoch's last round a share
+    may be smaller than the others, or empty; `Collator` takes that.
+
+    Args:
+        order: Of all examples.
+        batch_size: Rows of a micro-batch of one process (`Training.micro_batches`).
+        rank: This process's number, from 0.
+        processes: That train together.
+    """
+
+    def __init__(self, order: SeededOrder, batch_size: int, rank: int = 0, processes: int = 1) -> None:
+        self.order, self.batch_size, self.rank, self.processes = order, batch_size, rank, processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration; without it, each iteration is the next epoch."""
+        self.epoch = epoch
+
+    @property
+    def batch_sampler(self) -> "SeededBatches":
+        """Itself: the Trainer looks here for the sampler that it tells the epoch, below a wrapper of accelerate's."""
+        return self
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / (self.batch_size * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = self.order.indices(self.epoch)
         self.epoch += 1
-        return iter(self.indices(self.epoch - 1))
+        for share in range(self.rank, len(self) * self.processes, self.processes):
+            yield indices[share * self.batch_size : (share + 1) * self.batch_size]
 
 
 class Collator:
-    """Left-pads examples and marks the completion's tokens as the labels."""
+    """Left-pads examples and marks the completion's tokens as the labels.
+
+    Of no example it makes a row without a label: a process whose share of an epoch's last round is empty still has to
+    take part in what all processes do together, and adds nothing to the loss.
+    """
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        batch = left_pad([row["prompt"] + row["completion"] for row in rows], self.pad_id)
+        sequences = [row["prompt"] + row["completion"] for row in rows]
+        batch = left_pad(sequences or [[self.pad_id, self.pad_id]], self.pad_id)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for i, row in enumerate(rows):
             count = len(row["completion"])

@@ -1,7 +1,7 @@
 """What processes that train together tell each other; a process on its own needs no process group for it."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,17 @@ def agreed(work: Callable[[], T]) -> T:
 
 def anyone(flags: int) -> int:
     """The largest of all processes' numbers; cheap enough for every step."""
+    return _reduced(flags, dist.ReduceOp.MAX)
+
+
+def total(number: int) -> int:
+    """The sum of all processes' numbers; likewise."""
+    return _reduced(number, dist.ReduceOp.SUM)
+
+
+def _reduced(number: int, operation: Any) -> int:
     if world_size() == 1:
-        return flags
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(flags, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return number
+    tensor = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, operation)
     return int(tensor)

@@ -299,10 +299,27 @@ class Training(Block):
     # auto: float32 weights; on CUDA under bfloat16 autocast. bfloat16: nothing else, updates rounded stochastically.
     dtype: Literal["auto", "float32", "bfloat16"]
     moments: Literal["float32", "8bit"]  # precision of AdamW's moments; 8bit: blocks of 256 share a scale
-    threads: Count | None  # CPU threads of each process of a cell; null takes what torch finds
+    threads: Count | None  # CPU threads of each process of a cell; null shares out what torch finds
     processes: Count  # that train one cell together
     sharding: Literal["auto", "ddp", "fsdp"]  # auto: ddp where a process's memory holds the whole cell, else fsdp
     keep: Literal["all", "adapter-only", "none"]  # which weights stay after the evaluation
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Training":
+        if self.gradient_accumulation % self.processes and self.batch_size % self.processes:
+            raise ValueError(
+                f"processes is {self.processes}; it must divide gradient_accumulation ({self.gradient_accumulation}) "
+                f"or batch_size ({self.batch_size}), so that a step sees the same examples as with one process"
+            )
+        if self.processes > 1 and self.sharding == "fsdp" and self.moments == "8bit":
+            raise ValueError("moments: 8bit has blocks that cannot be sharded; use sharding: ddp or moments: float32")
+        return self
+
+    def micro_batches(self) -> tuple[int, int]:
+        """Rows of one process's micro-batch, and how many of them make its share of an optimizer step."""
+        if self.gradient_accumulation % self.processes == 0:
+            return self.batch_size, self.gradient_accumulation // self.processes
+        return self.batch_size // self.processes, self.gradient_accumulation
 
 
 class Checkpoint(Block):
@@ -460,16 +477,23 @@ def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
             if other != names:
                 yield f"grid: {other} and {names} both make the stage name {key}; rename one"
     training, tasks = raw.get("training"), raw.get("tasks")
+    shared = [] if training is None else _training_problems(training)  # said of `training` itself already
     for name, task in tasks.items() if isinstance(tasks, dict) else ():
         overrides = task.get("training") if isinstance(task, dict) else None
         if not isinstance(overrides, dict) or not isinstance(training, dict):
             continue
-        try:
-            Training.model_validate({**training, **overrides})
-        except ValidationError as error:
-            for problem in error.errors():
-                if problem["loc"] and problem["loc"][0] in overrides:
-                    yield _sentence(problem, f"tasks.{name}.training")
+        for problem in _training_problems({**training, **overrides}):
+            own = problem["loc"][0] in overrides if problem["loc"] else problem["msg"] not in [p["msg"] for p in shared]
+            if own:
+                yield _sentence(problem, f"tasks.{name}.training")
+
+
+def _training_problems(raw: Any) -> list[Any]:
+    try:
+        Training.model_validate(raw)
+    except ValidationError as error:
+        return list(error.errors())
+    return []
 
 
 def _sentence(problem: Any, prefix: str = "") -> str:

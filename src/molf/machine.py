@@ -16,8 +16,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
 
 
-def hardware(threads: int | None) -> dict[str, Any]:
-    """Name, thread count and a hash of both: costs are ranked only among cells that share it."""
+def hardware(threads: int | None, processes: int = 1) -> dict[str, Any]:
+    """Name, threads of each process, processes, and a hash of these: costs are ranked among cells that share it only.
+
+    Args:
+        threads: Of each process; None: what torch uses in this one.
+        processes: That train a cell together.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -25,8 +30,9 @@ def hardware(threads: int | None) -> dict[str, Any]:
     else:
         name = f"{_cpu_name()}, {os.cpu_count()} cores"
     count = threads or torch.get_num_threads()
-    digest = hashlib.sha256(f"{name}|{count}".encode()).hexdigest()[:16]
-    return {"name": name, "threads": count, "fingerprint": digest}
+    several = f"|{processes}" if processes > 1 else ""
+    digest = hashlib.sha256(f"{name}|{count}{several}".encode()).hexdigest()[:16]
+    return {"name": name, "threads": count, "processes": processes, "fingerprint": digest}
 
 
 def git_commit() -> str | None:

@@ -130,8 +130,8 @@ def quiet() -> None:
 
         # TQDM_DISABLE would come too late: torch has imported tqdm by now.
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
-    # Deprecations inside transformers and PEFT are theirs to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # Deprecations inside transformers, PEFT and accelerate are theirs to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -195,6 +195,15 @@ def apply_molf(model: AnyModule, config: MoLFConfig) -> AnyModule:
             module.bias.requires_grad_(config.train_base)
         module.lora_A.requires_grad_(True)
         module.lora_B.requires_grad_(True)
+    if config.effective:
+        # DistributedDataParallel's own name for it. It would wait for gradients that no backward makes: these are
+        # derived from the weights', after their reduction (`defer_lora_gradients`).
+        model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            f"{name}.{own}"
+            for name, module in molf_modules(model)
+            for own, _ in module.named_parameters()
+            if own.startswith("lora_")
+        ]
     return model
 
 

@@ -107,6 +107,14 @@ class RoutingRecorder:
         self._pending, self._steps, self._counted = [], list(state["steps"]), list(state["counted"])
         self._scores, self._winners = ([state[key]] if self._steps else [] for key in ("scores", "winners"))
 
+    def winners(self) -> torch.Tensor:
+        """Who won: (steps, modules, experts), bool, on the host.
+
+        Raises:
+            RoutingError: As `columns`.
+        """
+        return self._all()[1]
+
     def summary(self) -> dict[str, Any]:
         """Shares of the counted steps that each expert won, over all and by module, and whether one side won all.
 

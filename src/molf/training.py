@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -24,7 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from molf.batches import Collator, Examples, SeededOrder, encode_examples
+from molf import collective, sharding
+from molf.batches import Collator, Examples, SeededBatches, SeededOrder, encode_examples
 from molf.config import MethodBlock, Training
 from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
@@ -65,7 +66,7 @@ def completion_loss(
     """
     labels = inputs["labels"]
     # Left padding puts every completion at the end; the position before its first token predicts it.
-    first = int((labels != IGNORED).any(dim=0).int().argmax())
+    first = max(1, int((labels != IGNORED).any(dim=0).int().argmax()))
     keep = labels.shape[1] - first + 1
     fields = {name: value for name, value in inputs.items() if name != "labels"}
     logits = model(**fields, logits_to_keep=keep, use_cache=False).logits[:, :-1]
@@ -83,21 +84,49 @@ class CellTrainer(ResumableTrainer):
     # names: transformers 5.23 asks the second, earlier ones the first.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, method: ModuleType, order: SeededOrder, **arguments: Any) -> None:
+    def __init__(
+        self,
+        method: ModuleType,
+        order: SeededOrder,
+        optimizer: torch.optim.Optimizer,
+        training: Training,
+        shared: str | None,
+        **arguments: Any,
+    ) -> None:
+        self.training, self.shared = training, shared
         super().__init__(**arguments)
         self.method, self.order = method, order
+        self.batches = SeededBatches(order, self.args.train_batch_size, collective.rank(), training.processes)
+        self.optimizer = optimizer  # here, as the Trainer's own argument is refused under FSDP
         self.model_accepts_loss_kwargs = True
         self.step_tokens = 0
         self.losses: list[torch.Tensor] = []  # of the step's micro-batches
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.order
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.shared == "fsdp":
+            sharding.use_fsdp(self.accelerator, self.training)
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Not prepared by accelerate, which would share the batches out a second time.
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        self.step_tokens += int(inputs["attention_mask"].sum())
-        return completion_loss(model, inputs, num_items_in_batch)
+        if self.shared is None or (inputs["labels"] != IGNORED).any():  # a row that stands for no example is no work
+            self.step_tokens += int(inputs["attention_mask"].sum())
+        # accelerate puts autocast around the forward itself, but not under FSDP.
+        with self.accelerator.autocast() if self.shared == "fsdp" else contextlib.nullcontext():
+            loss = completion_loss(model, inputs, num_items_in_batch)
+        # The items are those of all processes, and gradients are averaged over these, not summed.
+        return loss * self.accelerator.num_processes
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -109,32 +138,36 @@ class CellTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         losses, self.losses = [float(loss) for loss in self.losses], []
-        if not (math.isfinite(sum(losses)) and math.isfinite(float(norm))):
+        finite = math.isfinite(sum(losses)) and math.isfinite(float(norm))
+        if collective.anyone(int(not finite)):  # which all processes must say together
+            loss = sum(collective.gathered(sum(losses))) / collective.world_size()
+            rows = [name for names in collective.gathered(self.bad_rows(losses)) for name in names]
             raise RunError(
-                f"step {self.state.global_step + 1}: loss {sum(losses)}, gradient norm {float(norm)}; the step was not "
-                f"made. Its rows: {', '.join(self.step_rows(losses))}. Look at them, or lower the learning rate"
+                f"step {self.state.global_step + 1}: loss {loss}, gradient norm {float(norm)}; the step was not "
+                f"made. Its rows: {', '.join(rows or self.step_rows())}. Look at them, or lower the learning rate"
             )
         return norm
 
-    def step_rows(self, losses: list[float]) -> list[str]:
-        """Names of the examples of the step under way: of the micro-batches whose loss is no number, if that is known.
+    def step_rows(self) -> list[str]:
+        """Names of the examples of the step under way, over all processes."""
+        rows, accumulation = self.args.train_batch_size * self.args.world_size, self.args.gradient_accumulation_steps
+        epoch, step = divmod(self.state.global_step, optimizer_steps(len(self.order), rows, accumulation))
+        indices = self.order.indices(epoch)[step * rows * accumulation :][: rows * accumulation]
+        return [self.train_dataset.names[index] for index in indices]  # type: ignore[union-attr]
+
+    def bad_rows(self, losses: list[float]) -> list[str]:
+        """Names of those in this process's micro-batches whose loss is no number.
 
         Args:
             losses: Of this process's micro-batches of the step.
         """
-        micro = self.args.train_batch_size * self.args.world_size
-        accumulation = self.args.gradient_accumulation_steps
-        epoch, step = divmod(self.state.global_step, optimizer_steps(len(self.order), micro, accumulation))
-        indices = self.order.indices(epoch)[step * micro * accumulation :][: micro * accumulation]
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad and self.args.world_size == 1:
-            indices = [index for i in bad for index in indices[i * micro : (i + 1) * micro]]
-        return [self.train_dataset.names[index] for index in indices]  # type: ignore[union-attr]
+        rows, names = self.args.train_batch_size, self.step_rows()
+        shares = (i * self.args.world_size + collective.rank() for i, x in enumerate(losses) if not math.isfinite(x))
+        return [name for share in shares for name in names[share * rows : (share + 1) * rows]]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        # Accelerate reaches the sampler through no more than one wrapper, and a resumed epoch has two.
-        self.order.set_epoch(int(self.state.epoch or 0))
+        self.batches.set_epoch(int(self.state.epoch or 0))  # for versions that do not reach below a wrapper
 
 
 class Bar(ProgressCallback):
@@ -192,8 +225,8 @@ class Recorder(TrainerCallback):
         if not logs or "loss" not in logs or self.trainer is None:
             return
         now = time.perf_counter()
-        self.peak = max(self.peak, peak_memory())
-        tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
+        self.peak = max(self.peak, collective.anyone(peak_memory()))
+        tokens, self.trainer.step_tokens = collective.total(self.trainer.step_tokens), 0
         row = {
             "step": state.global_step,
             "loss": float(logs["loss"]),
@@ -242,6 +275,8 @@ def train(
         RunError: The loss or the gradients are not finite, memory ran out, or routing did not happen as claimed.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint.
     """
+    if training.processes != collective.world_size():
+        raise RuntimeError(f"training.processes is {training.processes}; {collective.world_size()} are here")
     if training.threads:
         torch.set_num_threads(training.threads)
     cuda = torch.cuda.is_available()
@@ -258,11 +293,13 @@ def train(
     trained, total = parameter_counts(model)
     routing = RoutingRecorder() if method.routed(block) else None
     recorder = Recorder(optimizer, routing, listener)
+    shared = sharding.choose(training, model)
+    rows, micro_batches = training.micro_batches()
     order = SeededOrder(len(examples), seed)
     arguments = TrainingArguments(
         output_dir=str(scratch),
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=micro_batches,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
@@ -276,20 +313,30 @@ def train(
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=not sys.stderr.isatty() or collective.rank() > 0,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        average_tokens_across_devices=True,
+        ddp_backend=("nccl" if cuda else "gloo") if shared else None,
+        # Every trained parameter but the derived ones gets a gradient in each backward; buffers are constant.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        # Shards' gradients are reduced after each micro-batch: whole ones, kept until the last, would need the memory.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": shared == "fsdp"}},
     )
     # One device a cell: with more the Trainer would wrap the model in DataParallel and multiply the batch by them.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    sharding.require_same(model.parameters(), "weights at the start")
     trainer = CellTrainer(
         method,
         order,
+        optimizer,
+        training,
+        shared,
         model=model,
         args=arguments,
         train_dataset=examples,
         data_collator=Collator(tokenizer.pad_token_id),
-        optimizers=(optimizer, None),
         callbacks=[recorder],
     )
     # The Trainer's own callbacks print a dict a step; the bar shows the loss instead.
@@ -312,25 +359,35 @@ def train(
         raise RunError(
             f"out of GPU memory; lower training.batch_size and raise gradient_accumulation ({error})"
         ) from None
-    peak = max(recorder.peak, peak_memory())
+    peaks = collective.gathered(peak_memory())
     history = pd.DataFrame(recorder.rows)
     if not (len(history) and (history["learning_rate"] > 0).any()):
         raise RunError(
             f"{len(history)} optimizer steps, none with a learning rate above 0: nothing was trained; "
             "give the task more rows, raise training.epochs, or set training.warmup to 0"
         )
-    try:
-        method.save(model, weights, base)
-    except SafetensorError as error:  # a full disk among others
-        raise RunError(f"the weights could not be written: {error}") from None
-    tokenizer.save_pretrained(weights)
+    if routing is not None:
+        sharding.require_same([routing.winners()], "winners")
+    if shared == "ddp":
+        sharding.require_same(model.parameters(), "weights at the end")
+    whole = sharding.whole_model(model, method, block, base, training) if shared == "fsdp" else model
+    if collective.rank() == 0:
+        try:
+            method.save(whole, weights, base)
+        except SafetensorError as error:  # a full disk among others
+            raise RunError(f"the weights could not be written: {error}") from None
+        tokenizer.save_pretrained(weights)
+    collective.barrier()
     summary = {
         "method_kind": block.kind,
         "steps": int(history["step"].iloc[-1]),
         "final_loss": float(history["loss"].tail(max(1, len(history) // 10)).mean()),
         "train_seconds": seconds,
         "tokens_per_second": float(history["tokens"].sum() / seconds),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(recorder.peak, *peaks),
+        "peak_memory_bytes_of_all": sum(peaks),
+        "processes": training.processes,
+        "sharding": shared,
         "trained_parameters": trained,
         "total_parameters": total,
         "weights_bytes": folder_bytes(weights),

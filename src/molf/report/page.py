@@ -137,7 +137,11 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
                 total += sum(times)
                 lines.append(_row([name, *map(seconds, times), str(m["steps"])]))
     lines += ["", f"All cells together: {seconds(total)}."]
-    machines = "; ".join(f"{h['name']}, threads: {h['threads']}" for h in comparison["hardware"])
+    machines = "; ".join(
+        f"{h['name']}, threads: {h['threads']}"
+        + (f" in each of {h['processes']} processes" if h.get("processes", 1) > 1 else "")
+        for h in comparison["hardware"]
+    )
     lines += ["", f"Made on: {_markdown(machines)}.", ""]
     for group in comparison["groups"]:
         for name in ("score", "routing"):

@@ -1,12 +1,13 @@
 """`python -m molf.stages.train MODEL TASK METHOD SEED`: trains one cell of the grid."""
 
+import contextlib
 import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from molf.config import cell_config, fingerprint, load_params
+from molf.config import Params, Training, cell_config, fingerprint, load_params
 from molf.errors import main
 from molf.paths import MODELS, PREPARED, Cell, read_json, write_json, write_parquet
 
@@ -17,16 +18,28 @@ def run() -> None:
     model_name, task, method, seed = sys.argv[1:]
     cell = Cell(model_name, task, method, int(seed))
     params = load_params()
+    budget = params.training_for(cell.task)
 
+    from molf import processes
+
+    if budget.processes > 1 and not processes.started():
+        processes.launch("molf.stages.train", sys.argv[1:], budget.processes, budget.threads)
+        return
+    with processes.joined():
+        train_cell(cell, params, budget)
+
+
+def train_cell(cell: Cell, params: Params, budget: Training) -> None:
+    """Trains it; of several processes the first alone writes results, logs and speaks."""
     import pandas as pd
 
-    from molf import checkpoint, closure, machine, methods, models, resume, tracking, training
+    from molf import checkpoint, closure, collective, machine, methods, models, resume, tracking, training
 
     models.quiet()
     base = MODELS / cell.model
     prepared = PREPARED / cell.task
     data = read_json(prepared / "summary.json")
-    config, budget = cell_config(params, cell), params.training_for(cell.task)
+    config = cell_config(params, cell)
     model, code = models.describe(base), closure.code_hash("molf.stages.train")
     record: dict[str, Any] = {
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
@@ -37,7 +50,7 @@ def run() -> None:
         "code": code,
         "git_commit": machine.git_commit(),
         "versions": machine.versions(),
-        "hardware": machine.hardware(budget.threads),
+        "hardware": machine.hardware(budget.threads, budget.processes),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "generated_data": data["generated"],
     }
@@ -50,13 +63,13 @@ def run() -> None:
         params.checkpoint.steps,
         params.checkpoint.minutes,
     )
+    first = collective.rank() == 0
     results, weights = cell.results / "train", cell.weights
-    for directory in (results, weights):
-        shutil.rmtree(directory, ignore_errors=True)
     kept = methods.keeps_weights(budget.keep, params.methods[cell.method].kind)
     target = weights if kept else SCRATCH / weights
-    shutil.rmtree(target, ignore_errors=True)
-    with tracking.live_run(record, params.tracking.experiment) as live:
+    for directory in (results, weights, target) if first else ():
+        shutil.rmtree(directory, ignore_errors=True)
+    with tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext() as live:
         outcome = training.train(
             base=base,
             examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["example_id", "prompt", "completion"]),
@@ -68,6 +81,8 @@ def run() -> None:
             listener=live,
             keeper=keeper,
         )
+        if live is None:
+            return
         if not kept:
             write_json(weights / models.ELSEWHERE, {"path": str(target), "hash": models.folder_hash(target)})
         summary = {"cell": cell.name, "fingerprint": record["fingerprint"], **outcome.summary}

@@ -1,0 +1,53 @@
+"""`python -m tests.group CASE FOLDER`: two processes of one group, for test_processes.py. It is not a test."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from molf import processes
+from molf.errors import RunError, UserError, main
+
+
+def run() -> None:
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    if not processes.started():
+        processes.launch("tests.group", sys.argv[1:], 2, threads=1)
+        return
+    with processes.joined():
+        work(case, folder)
+
+
+def work(case: str, folder: Path) -> None:
+    import torch
+
+    from molf.collective import barrier, rank, total
+
+    match case:
+        case "cells":
+            from tests.cells import run_cells
+
+            run_cells(folder)
+        case "sum":
+            answer = [total(rank() + 1), torch.get_num_threads()]
+            (folder / f"{rank()}.json").write_text(json.dumps(answer))
+        case "wait":
+            (folder / f"{rank()}.pid").write_text(str(os.getpid()))
+            time.sleep(600)
+    if rank() == 1:
+        match case:
+            case "user":
+                raise UserError(["first problem", "second problem"])
+            case "run":
+                raise RunError("the loss is no number")
+            case "defect":
+                raise ValueError("a defect of ours")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+    barrier()  # where the one that failed never comes
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(run))

@@ -1,0 +1,187 @@
+"""Several processes do what one does, and end together."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from molf import processes
+from molf.config import read_yaml
+from molf.errors import RunError, UserError
+from molf.models import INFO
+from molf.paths import write_json, write_parquet
+from molf.training import Outcome
+from tests.cells import CELLS, run_cell
+from tests.conftest import QUIET, ROOT, frame
+
+# name of a cell, folder, budget of two processes
+RUNS: list[tuple[str, str, dict[str, Any]]] = [
+    *((name, f"{name}-{sharding}", {"sharding": sharding}) for name in CELLS for sharding in ("ddp", "fsdp")),
+    ("molf-effective", "halved", {"sharding": "ddp", "batch_size": 8, "gradient_accumulation": 1}),
+]
+
+
+@pytest.fixture(scope="session")
+def bases(base: Path, tied_base: Path) -> dict[str, str]:
+    return {"base": str(base), "tied": str(tied_base)}
+
+
+@pytest.fixture(scope="session")
+def alone(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Outcome, Path]]:
+    """Every cell, trained by this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: (run_cell(name, bases, folder / name), folder / name / "weights") for name in CELLS}
+
+
+@pytest.fixture(scope="session")
+def together(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every cell, trained by two processes."""
+    folder = tmp_path_factory.mktemp("together")
+    cells = [{"name": name, "folder": own, "budget": {"processes": 2, **budget}} for name, own, budget in RUNS]
+    (folder / "cells.json").write_text(json.dumps({"bases": bases, "cells": cells}))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    processes.launch("tests.group", ["cells", str(folder)], 2, threads=1)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    [file] = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(("name", "own", "budget"), RUNS)
+def test_two_processes_train_what_one_trains(
+    name: str, own: str, budget: dict[str, Any], alone: dict[str, tuple[Outcome, Path]], together: Path
+) -> None:
+    outcome, folder = alone[name]
+    summary = json.loads((together / own / "summary.json").read_text())
+    assert (summary["processes"], summary["sharding"]) == (2, budget["sharding"])
+    history = pd.read_parquet(together / own / "history.parquet")
+    for column in ("step", "tokens", "learning_rate"):
+        assert history[column].tolist() == outcome.history[column].tolist()
+    for column in ("loss", "grad_norm"):
+        assert history[column].tolist() == pytest.approx(outcome.history[column].tolist(), rel=1e-5)
+    assert summary["order_hash"] == outcome.summary["order_hash"]
+    assert summary["trained_parameters"] == outcome.summary["trained_parameters"]
+    if outcome.routing is not None:
+        routing = pd.read_parquet(together / own / "routing.parquet")
+        assert routing["won"].tolist() == outcome.routing["won"].tolist()
+        assert routing["score"].tolist() == pytest.approx(outcome.routing["score"].tolist(), rel=1e-3)
+        counted = outcome.routing[outcome.routing["counted"]]
+        assert set(counted.groupby("expert")["won"].any()) == {True}, "one expert won everything: nothing is shown"
+    one, two = weights(folder), weights(together / own / "weights")
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=2e-6)
+
+
+def test_a_group_shares_numbers_and_cores(tmp_path: Path, path: None) -> None:
+    processes.launch("tests.group", ["sum", str(tmp_path)], 2, threads=1)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[3, 1], [3, 1]]
+
+
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "message"),
+    [
+        ("user", UserError, "^first problem\nsecond problem$"),
+        ("run", RunError, "^the loss is no number$"),
+        ("defect", RunError, r"process 1:\nTraceback [\s\S]*ValueError: a defect of ours$"),
+        ("killed", RunError, "process 1 of 2 was ended by SIGKILL, maybe for want of memory"),
+    ],
+)
+def test_a_failure_of_one_ends_all_with_its_own_message(
+    case: str, error: type[Exception], message: str, tmp_path: Path, path: None
+) -> None:
+    with pytest.raises(error, match=message):
+        processes.launch("tests.group", [case, str(tmp_path)], 2, threads=1)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_all_end_with_the_process_that_started_them(ending: signal.Signals, tmp_path: Path, path: None) -> None:
+    parent = subprocess.Popen([sys.executable, "-m", "tests.group", "wait", str(tmp_path)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.pid"))) < 2 or not all(file.read_text() for file in tmp_path.glob("*.pid")):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(ending)
+    _, said = parent.communicate(timeout=30)
+    assert parent.returncode == (-ending if ending == signal.SIGKILL else 1)
+    assert ending == signal.SIGKILL or said.decode().splitlines()[-1].startswith("interrupted")
+    while any(alive(int(file.read_text())) for file in tmp_path.glob("*.pid")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_there_must_be_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="training.processes: 2, but there are 1 GPUs here"):
+        processes.launch("tests.group", [], 2, threads=1)
+
+
+def test_the_stage_trains_with_two_processes_and_says_a_mistake_once(tied_base: Path, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, tied_base)
+    stage.run(0, max_length=32)
+    train = tmp_path / "results/tiny/fact/molf/seed-0/train"
+    summary, run = (json.loads((train / name).read_text()) for name in ("summary.json", "run.json"))
+    assert (summary["processes"], summary["sharding"], summary["steps"]) == (2, "ddp", 3)
+    assert (run["hardware"]["threads"], run["hardware"]["processes"]) == (1, 2)
+    assert summary["peak_memory_bytes"] < summary["peak_memory_bytes_of_all"] <= 2 * summary["peak_memory_bytes"]
+    assert weights(tmp_path / "weights/tiny/fact/molf/seed-0")
+    said = stage.run(2, max_length=8)
+    assert said.count("training.max_length: 8 tokens leave none") == 1
+    assert "Traceback" not in said
+
+
+class Stage:
+    """A folder with what the train stage needs, and no more."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root
+        shutil.copytree(model, root / "models/tiny")
+        write_json(root / "models/tiny" / INFO, {"name": "tiny", "kind": "tiny", "generated": True})
+        rows = frame(24)
+        rows["prompt"] = "w1 w2 w3 w4 w5 w6 " + rows["prompt"]  # too long for the second run
+        rows["example_id"] = [f"row {i}" for i in range(24)]
+        write_parquet(root / "data/prepared/fact/train.parquet", rows)
+        write_json(root / "data/prepared/fact/summary.json", {"data_hash": "x", "generated": True, "source": "here"})
+
+    def run(self, code: int, **budget: Any) -> str:
+        """Runs the stage with two processes, and returns what it said."""
+        data = read_yaml(ROOT / "params.yaml")
+        data["training"] |= {"processes": 2, "threads": 1, "epochs": 1} | budget
+        data["tasks"]["fact"]["training"] = {}
+        data["methods"]["molf"]["r"] = [4]
+        (self.root / "params.yaml").write_text(json.dumps(data))
+        done = subprocess.run(
+            [sys.executable, "-m", "molf.stages.train", "tiny", "fact", "molf", "0"],
+            cwd=self.root,
+            env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT / "src")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
