@@ -1,9 +1,11 @@
 """A training that is killed, stopped or fails goes on as if nothing had happened."""
 
+import errno
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -13,15 +15,29 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from molf.checkpoint import Checkpoints
+from molf import checkpoint
+from molf.batches import SeededOrder
+from molf.checkpoint import Checkpoints, part
 from molf.config import check_params, read_yaml
-from molf.errors import Interrupted
+from molf.errors import Interrupted, RunError
 from molf.models import folder_hash
-from molf.resume import Keeper, identity
-from molf.training import Outcome, train
+from molf.optim import AdamW
+from molf.resume import (
+    Keeper,
+    Wish,
+    identity,
+    join,
+    optimizer_tensor,
+    random_state,
+    restore_random_state,
+    split,
+)
+from molf.training import Outcome, completion_loss, train
 from tests.conftest import ROOT, Project, frame
 
 WALL = ["tokens_per_second", "seconds", "peak_memory_bytes"]  # columns of the history that no two runs share
@@ -81,7 +97,7 @@ def run(job: Job, listener: Any = None) -> Outcome:
     checkpoints = Checkpoints(job.checkpoints, identity(config, "data", "model", "code", {}), keep=1)
     return train(
         job.base,
-        frame(),
+        frame().assign(example_id=[f"row-{i}" for i in range(24)]),
         params.methods[job.method],
         params.training,
         3,
@@ -214,12 +230,168 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     assert folder_hash(once.weights) == folder_hash(job.weights)
 
 
+def twice() -> None:
+    """Asks itself to stop two times."""
+    with Wish() as wish:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert wish.made
+        os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit(0)  # never reached
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=twice)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGINT
+
+
+def test_signals_are_as_before_after_a_training() -> None:
+    before = [signal.getsignal(number) for number in Wish.SIGNALS]
+    with Wish() as wish:
+        assert [signal.getsignal(number) for number in Wish.SIGNALS] != before
+    assert [signal.getsignal(number) for number in Wish.SIGNALS] == before and not wish.made
+
+
+def failing(calls: int, fail: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`completion_loss`, but for the call of that number."""
+    made = []
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        made.append(1)
+        value = completion_loss(*arguments)
+        return fail(value) if len(made) == calls else value
+
+    return loss
+
+
+def no_gradient(loss: torch.Tensor) -> torch.Tensor:
+    loss.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_of_no_number_is_not_made_and_names_its_rows(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 11 of 2 micro-batches of 4 rows: the fourth of the 24 rows' fourth epoch, its rows 16 to 23."""
+    job = Job(base, tmp_path / "cell", "fft", accumulation=2, steps=14)
+    fail = no_gradient if kind == "gradient" else lambda loss: loss * float("nan")
+    monkeypatch.setattr("molf.training.completion_loss", failing(22, fail))
+    job.folder.mkdir()
+    with pytest.raises(RunError) as caught:
+        run(job)
+    said = str(caught.value)
+    numbers = (
+        r"step 11: loss nan, gradient norm nan" if kind == "loss" else r"step 11: loss \d\.\d+, gradient norm (nan|inf)"
+    )
+    assert re.match(numbers, said)
+    rows = [f"row-{index}" for index in SeededOrder(24, 3).indices(3)[8:16]]
+    assert f"Its rows: {', '.join(rows[4:] if kind == 'loss' else rows)}. " in said
+    assert job.heard == list(range(1, 11))
+    assert [path.name for path in job.checkpoints.iterdir()] == ["step-00000009"]
+    monkeypatch.undo()
+    outcome = run(job)
+    assert outcome.summary["resumed_at_steps"] == [9]
+    once = Job(base, tmp_path / "once", "fft", accumulation=2, steps=14)
+    once.folder.mkdir()
+    run(once)
+    assert folder_hash(once.weights) == folder_hash(job.weights)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(base, tmp_path / "cell", "molf-e", every=4, steps=10)
+    job.folder.mkdir()
+    sync = checkpoint._sync
+
+    def full(descriptor: int) -> None:
+        if list(job.checkpoints.glob(".step-00000008.tmp")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    outcome = run(job)
+    assert len(outcome.history) == 10
+    said = capsys.readouterr().err
+    assert "warning: no checkpoint of step 8 could be written ([Errno 28] No space left on device)" in said
+    assert f"the last good one is {job.checkpoints / 'step-00000004'}" in said
+    assert [path.name for path in job.checkpoints.iterdir()] == ["step-00000004"]
+
+
+def test_what_does_not_determine_a_training_is_not_in_its_identity() -> None:
+    budget = {"epochs": 1, "threads": 2, "processes": 2, "sharding": "ddp", "keep": "all"}
+    one = identity({"method": {}, "training": budget, "seed": 0}, "d", "m", "c", {"torch": "2"})
+    other = identity(
+        {"method": {}, "training": budget | {"threads": 1, "processes": 1, "keep": "none"}, "seed": 0},
+        *("d", "m", "c", {"torch": "2"}),
+    )
+    assert one == other
+    assert one["training"] == {"epochs": 1}
+    assert identity({"method": {}, "training": {"epochs": 2}}, "d", "m", "c", {})["training"] == {"epochs": 2}
+
+
+def test_plain_data_and_tensors_come_back_as_they_were() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    value = {
+        "state": {0: {"step": 3, "m": torch.ones(2)}, 10: {"m": torch.zeros(1)}},
+        "betas": (0.9, 0.999),
+        "x": [None],
+    }
+    plain = json.loads(json.dumps(split(value, "o", tensors)))
+    assert sorted(tensors) == ["o.state.0.m", "o.state.10.m"]
+    back = join(plain, tensors.__getitem__)
+    assert back["betas"] == (0.9, 0.999) and back["x"] == [None] and list(back["state"]) == [0, 10]
+    assert back["state"][0]["step"] == 3 and torch.equal(back["state"][0]["m"], torch.ones(2))
+    with pytest.raises(TypeError, match=r"o\.state\.1 is a set"):
+        split({"state": [0, {1}]}, "o", {})
+
+
+def test_random_numbers_go_on() -> None:
+    state = random_state()
+    draws = [(random.random(), np.random.rand(), float(torch.rand(()))) for _ in range(2)]
+    restore_random_state(state)
+    assert [(random.random(), np.random.rand(), float(torch.rand(()))) for _ in range(2)] == draws
+
+
+def test_8_bit_moments_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+
+    def steps(optimizer: torch.optim.Optimizer, weight: torch.Tensor, first: int, last: int) -> None:
+        for step in range(first, last):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+            optimizer.step()
+
+    def make(start: torch.Tensor) -> tuple[AdamW, torch.Tensor]:
+        weight = torch.nn.Parameter(start.clone())
+        return AdamW([{"params": [weight], "lr": 0.1, "weight_decay": 0.1}], moments="8bit"), weight
+
+    start = torch.randn(64, 128).bfloat16()
+    optimizer, weight = make(start)
+    steps(optimizer, weight, 0, 3)
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.loads(json.dumps(split(optimizer.state_dict(), "optimizer", tensors)))
+    assert tensors["optimizer.state.0.exp_avg"].dtype == torch.uint8
+    checkpoint.write_tensors(tmp_path / "x", {name: part(tensor) for name, tensor in tensors.items()})
+    files = checkpoint.TensorFiles([tmp_path / "x"])
+    again, resumed = make(weight.detach())
+    again.load_state_dict(join(plain, lambda name: optimizer_tensor(again, files, name)))
+    steps(optimizer, weight, 3, 5)
+    steps(again, resumed, 3, 5)
+    assert torch.equal(weight, resumed)
+
+
 @pytest.mark.acceptance
 @pytest.mark.timeout(900)
 def test_dvc_repro_goes_on_after_kill_and_after_ctrl_c(project: Project) -> None:
     """`kill -9` of all of `dvc repro`, and Ctrl-C in its terminal, which reaches DVC and the stage alike."""
     project.edit(
-        {"grid.methods": ["molf"], "training.epochs": 100, "checkpoint": {"minutes": None, "steps": 20, "keep": 1}}
+        {
+            "grid.methods": ["molf"],
+            "tasks.fact.training": {"epochs": 40},
+            "checkpoint": {"minutes": None, "steps": 10, "keep": 1},
+        }
     )
     stage, cell = "train@tiny-fact-molf-0", "tiny/fact/molf/seed-0"
     weights, results = project.root / "weights" / cell, project.root / "results" / cell / "train"

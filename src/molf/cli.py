@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -65,9 +66,19 @@ def repro() -> None:
     params = load_params()
     lacking(params)
     # Only what the comparison needs: blocks that the grid does not name are not fetched or built.
-    if subprocess.call(["dvc", "repro", "compare"], env=own_tools()):
+    if _call(["dvc", "repro", "compare"]):
         raise RunError("`dvc repro` did not finish; the message above says why. Fix it and run the same command again")
     show()
+
+
+def _call(command: list[str]) -> int:
+    """Runs a command and waits for it, after Ctrl-C too, which reaches it as well: a training then ends its step."""
+    process = subprocess.Popen(command, env=own_tools())
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check() -> None:

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent
 # What no result depends on: views of results, messages, notes on the machine, estimates, where files lie (dvc.yaml says
 # so too) and the reading of params.yaml, whose values DVC watches itself. A change here re-runs nothing.
 VIEWS = frozenset(
-    f"molf{name}" for name in ("", ".errors", ".config", ".paths", ".machine", ".tracking", ".closure", ".estimate")
+    f"molf{name}"
+    for name in ("", ".errors", ".config", ".paths", ".machine", ".tracking", ".closure", ".estimate", ".memory")
 )
 
 

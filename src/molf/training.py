@@ -272,7 +272,7 @@ def train(
 
     Raises:
         UserError: No example fits in `max_length`.
-        RunError: The loss or the gradients are not finite, memory ran out, or routing did not happen as claimed.
+        RunError: The loss or the gradients are not finite, or routing did not happen as claimed.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint.
     """
     if training.processes != collective.world_size():
@@ -355,10 +355,6 @@ def train(
         routed = routing.summary() if routing is not None else None
     except RoutingError as error:
         raise RunError(f"routing: {error}") from None
-    except torch.cuda.OutOfMemoryError as error:
-        raise RunError(
-            f"out of GPU memory; lower training.batch_size and raise gradient_accumulation ({error})"
-        ) from None
     peaks = collective.gathered(peak_memory())
     history = pd.DataFrame(recorder.rows)
     if not (len(history) and (history["learning_rate"] > 0).any()):

@@ -33,7 +33,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     """Trains it; of several processes the first alone writes results, logs and speaks."""
     import pandas as pd
 
-    from molf import checkpoint, closure, collective, machine, methods, models, resume, tracking, training
+    from molf import checkpoint, closure, collective, machine, memory, methods, models, resume, tracking, training
 
     models.quiet()
     base = MODELS / cell.model
@@ -69,11 +69,13 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     target = weights if kept else SCRATCH / weights
     for directory in (results, weights, target) if first else ():
         shutil.rmtree(directory, ignore_errors=True)
-    with tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext() as live:
+    block = params.methods[cell.method]
+    live_run = tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext()
+    with live_run as live, memory.explained(base, block, budget):
         outcome = training.train(
             base=base,
             examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["example_id", "prompt", "completion"]),
-            block=params.methods[cell.method],
+            block=block,
             training=budget,
             seed=cell.seed,
             weights=target,
@@ -91,8 +93,8 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
             write_parquet(results / "routing.parquet", outcome.routing)
         write_json(results / "summary.json", summary)
         write_json(results / "run.json", record)
-        keeper.checkpoints.clear()
         live.finish(cell.results)
+        keeper.checkpoints.clear()
     print(
         f"{cell.name}: {summary['steps']} steps in {summary['train_seconds']:.0f} s, loss {summary['final_loss']:.3f}, "
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 1e9:.2f} GB"
