@@ -1,5 +1,8 @@
 """The arithmetic of AdamW: kernels.cpp against its reference in torch, 8-bit moments, stochastic rounding."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from molf import kernels, native
-from molf.optim import AdamW, plain_param_groups
+from molf.adamw import AdamW, plain_param_groups
 
 # Shapes around the blocks' edges: a scalar row, less than a row of columns, whole rows, whole rows and a rest.
 SHAPES = [(1,), (7, 5), (64, 64), (130, 33), (3, 4096), (40, 4096), (17000,)]
@@ -196,3 +199,46 @@ def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
     finally:
         native.library.cache_clear()
     assert not list((tmp_path / "molf").glob("*"))
+
+
+TRITON = """
+import torch
+from molf import kernels, kernels_cuda
+shapes = [(3,), (100, 33), (4096,), (50, 100), (3, 2048)]
+torch.manual_seed(0)
+make = lambda: [torch.randn(shape) for shape in shapes]
+g, m, p = make(), make(), make()
+v = [t.square() for t in make()]
+rows = lambda tensors: [t.view(1, -1) for t in tensors]
+for score in (None, "epd", "pfn"):
+    m2, v2 = [t.clone() for t in m], [t.clone() for t in v]
+    sums = kernels_cuda.advance(g, m, v, 0.9, 0.999, 1e-8, score)
+    parts = kernels.advance(rows(g), rows(m2), rows(v2), 0.9, 0.999, 1e-8, score, None)
+    torch.testing.assert_close(m, m2)
+    torch.testing.assert_close(v, v2)
+    if score is not None:
+        torch.testing.assert_close(sums, torch.cat(parts).double(), rtol=1e-5, atol=0)
+wins = torch.tensor([True, False, True, True, False])
+keeps, rates, roots = [0.9, 1.0, 0.99, 0.9, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5], [1.0, 2.0, 3.0, 4.0, 5.0]
+before = [t.clone() for t in p]
+expected = [t.clone() for t in p]
+for i in range(5):
+    if wins[i]:
+        kernels.move(*[rows([x[i]]) for x in (expected, m, v)], [keeps[i]], rates[i], roots[i], 1e-8, [0], None)
+kernels_cuda.move(p, m, v, keeps, rates, roots, 1e-8, wins)
+torch.testing.assert_close(p, expected)
+assert torch.equal(p[1], before[1]) and not torch.equal(p[0], before[0])
+print("equal")
+"""
+
+
+def test_the_triton_kernels_equal_their_reference_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr

@@ -4,13 +4,14 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from molf import MoLFAdamW, MoLFConfig, apply_molf, merge_molf, molf_modules, molf_param_groups
+from molf import MoLFAdamW, MoLFConfig, apply_molf, kernels, merge_molf, molf_modules, molf_param_groups
 
 STEPS = 30
 LR, LORA_LR, DECAY, LORA_DECAY, CLIP = 2e-2, 3e-2, 0.1, 0.05, 1.0
@@ -320,14 +321,39 @@ def test_losers_weights_stay_to_the_bit_and_their_moments_move() -> None:
     assert all(optimizer.state[p]["step"] == 5 and optimizer.state[p]["exp_avg"].abs().sum() > 0 for p in after)
 
 
-def test_masked_move_without_reading_back_equals_the_branch() -> None:
-    """The path that CUDA takes, run on the CPU: the same weights up to rounding."""
+class Stand(ModuleType):
+    """Stands for kernels_cuda: its functions, by the reference, on the host."""
+
+    serves = staticmethod(lambda weight, moment: True)
+
+    @staticmethod
+    def advance(gs: list[Tensor], ms: list[Tensor], vs: list[Tensor], *constants: Any) -> Tensor:
+        rows: Any = [[t.reshape(1, -1) for t in tensors] for tensors in (gs, ms, vs)]
+        parts: Any = kernels.advance(*rows, *constants, None)  # type: ignore[call-arg]  # four constants
+        return torch.cat(parts).double()
+
+    @staticmethod
+    def move(ps: Any, ms: Any, vs: Any, keeps: Any, rates: Any, roots: Any, eps: float, wins: Tensor) -> None:
+        for p, m, v, keep, rate, root, win in zip(ps, ms, vs, keeps, rates, roots, wins, strict=True):
+            if bool(torch.Tensor.as_subclass(win, torch.Tensor)):
+                rows: Any = [[t.view(1, -1)] for t in (p, m, v)]
+                kernels.move(rows[0], rows[1], rows[2], [keep], rate, root, eps, [0], None)
+
+
+@pytest.mark.parametrize("path", ["masked", "fused"])
+@pytest.mark.parametrize(("ranks", "top_k", "train_base"), [((2, 5), 1, True), ((2, 5), 2, True), ((2, 5), 1, False)])
+def test_moves_that_only_the_device_knows_equal_those_of_the_host(
+    ranks: tuple[int, ...], top_k: int, train_base: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paths that CUDA takes, run on the CPU: the same weights up to rounding."""
     results = []
-    for masked in (False, True):
-        model = network((2, 5), "effective")
-        optimizer = MoLFAdamW(groups(model), top_k=2)
-        if masked:
+    for on_device in (False, True):
+        model = network(ranks, train_base=train_base)
+        optimizer = MoLFAdamW(groups(model), top_k=top_k)
+        if on_device:
             optimizer.select = lambda scores, select=optimizer.select: Masks(select(scores))  # type: ignore
+            if path == "fused":
+                monkeypatch.setattr(optimizer, "_fused", lambda params: Stand("stand"))
         run(model, optimizer, batches(10))
         results.append([p.detach().clone() for p in model.parameters()])
     for left, right in zip(*results, strict=True):
@@ -343,6 +369,48 @@ class Masks(torch.Tensor):
 
     def tolist(self) -> Any:
         raise AssertionError("read back to the host")
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("forward", ["effective", "dense"])
+@pytest.mark.parametrize("path", ["masked", "fused"])
+def test_a_step_on_a_device_never_waits_for_it(
+    forward: Any, moments: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tensors that have no values: reading one back to the host, for a branch or a number, is an error."""
+    if moments == "8bit":
+        pytest.importorskip("torchao")
+        if path == "fused":
+            pytest.skip("the fused kernels are for float32 moments")
+    # What crosses to the device is sent from pinned memory without waiting; there is no such memory to fake.
+    monkeypatch.setattr(kernels, "to_device", lambda tensor, device: tensor.to(device))
+    books = kernels.Codebooks(torch.empty(256, device="meta"), torch.empty(256, device="meta"))
+    monkeypatch.setattr(kernels, "codebooks", lambda device: books)
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False))
+        model = apply_molf(net, MoLFConfig(r=(4, 8), forward=forward))
+        optimizer = MoLFAdamW(groups(model), moments=moments)
+        if path == "fused":
+            monkeypatch.setattr(optimizer, "_fused", lambda params: Unread("unread"))
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+    assert optimizer.last_routing is not None and optimizer.last_routing.winners.shape == (2, 3)
+    with pytest.raises(Exception, match="(?i)meta|data.dependent|item"):
+        optimizer.last_routing.winners.tolist()
+
+
+class Unread(Stand):
+    """kernels_cuda's shapes without its work."""
+
+    @staticmethod
+    def advance(gs: list[Tensor], *rest: Any) -> Tensor:
+        return torch.empty(len(gs), dtype=torch.float64, device=gs[0].device)
+
+    @staticmethod
+    def move(ps: Any, ms: Any, vs: Any, keeps: Any, rates: Any, roots: Any, eps: float, wins: Tensor) -> None:
+        assert len(ps) == len(ms) == len(vs) == len(keeps) == len(rates) == len(roots) == len(wins)
 
 
 @pytest.mark.parametrize("forward", ["effective", "dense"])

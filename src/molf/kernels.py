@@ -238,3 +238,8 @@ def mark_rows(*tensors: Any) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         else:
             mark_rows(*tensor)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

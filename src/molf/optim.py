@@ -1,24 +1,19 @@
 """Routed AdamW: every expert's moments move in every step, only the winners' weights do (arXiv 2605.07111).
 
-The arithmetic is in kernels.py; here is who owns which parameter, who wins, and what that does to an effective weight.
+The arithmetic is adamw.py's; here is who owns which parameter, who wins, and what that does to an effective weight.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
-from molf import kernels, native
-from molf.kernels import Moment
+from molf import kernels
+from molf.adamw import AdamW, Precision, evaluate, plain_param_groups
 from molf.nn import expert_names, local, molf_modules, other_parameters, whole
 
-Precision = Literal["float32", "8bit"]
-
-# Elements of a parameter from which compiling the arithmetic of 8-bit moments pays.
-WORTH_COMPILING = 1 << 17
 PRODUCT_ROWS = 256  # of a bfloat16 weight that are widened at once
 
 
@@ -92,239 +87,6 @@ def molf_param_groups(
         group["effective"] = [name for name, module in modules if module.is_effective]
         groups.append(group)
     return groups + plain_param_groups(other_parameters(model), lr, weight_decay)
-
-
-def plain_param_groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Up to two groups, of decayed parameters and of biases and norms, which are not.
-
-    Args:
-        parameters: All that are trained so.
-        lr: Learning rate of both.
-        weight_decay: Of the first.
-    """
-    parameters = list(parameters)
-    decayed = [p for p in parameters if p.ndim >= 2]
-    plain = [p for p in parameters if p.ndim < 2]
-    groups = [(decayed, weight_decay), (plain, 0.0)]
-    return [{"params": p, "kind": "other", "lr": lr, "weight_decay": decay} for p, decay in groups if p]
-
-
-def plain_adamw(
-    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, moments: Precision
-) -> torch.optim.Optimizer:
-    """AdamW without routing: torch's own fused one where it keeps float32, else ours.
-
-    Args:
-        parameters: Those without `requires_grad` are left out.
-        lr: Learning rate.
-        weight_decay: Biases and norms are not decayed.
-        moments: As `AdamW`'s.
-    """
-    groups = plain_param_groups((p for p in parameters if p.requires_grad), lr, weight_decay)
-    if moments == "float32" and all(p.dtype == torch.float32 for group in groups for p in group["params"]):
-        return torch.optim.AdamW(groups, eps=1e-8, fused=True)
-    return AdamW(groups, eps=1e-8, moments=moments)
-
-
-class AdamW(torch.optim.Optimizer):
-    """AdamW with moments of a precision of their own, whatever the weights'; bfloat16 weights round stochastically.
-
-    Args:
-        params: Groups with `params`, `lr` and `weight_decay` (`plain_param_groups`).
-        betas: Of the moments.
-        eps: Added to the root of the second moment.
-        moments: `float32` (float64 for float64 parameters) or `8bit`: codes in blocks of 256 that share a scale, for
-            parameters of at least 4,096 elements; needs torchao.
-        backend: `auto` takes kernels.cpp on the host where a compiler is; `eager` never does.
-
-    Raises:
-        ValueError: A value is out of range, or torchao is needed and lacks.
-    """
-
-    def __init__(
-        self,
-        params: list[dict[str, Any]],
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        moments: Precision = "float32",
-        backend: Literal["auto", "eager"] = "auto",
-        **defaults: Any,
-    ) -> None:
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
-            raise ValueError(f"betas={betas}, eps={eps}: betas lie in [0, 1) and eps is above 0")
-        if moments not in ("float32", "8bit"):
-            raise ValueError(f"moments is {moments!r}; allowed: float32, 8bit")
-        if moments == "8bit":
-            kernels.codebooks(torch.device("cpu"))
-        self.moments, self.backend = moments, backend
-        super().__init__(params, {"betas": tuple(betas), "eps": eps, **defaults})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            self._plain(group)
-        return loss
-
-    def init_state(self) -> None:
-        """Makes the state of every parameter (zeros), as the first step would: what a checkpoint is read into."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._state(parameter)
-
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            # Codes come in blocks of elements; shards are cut by rows, so theirs stay values.
-            coded = self.moments == "8bit" and local(parameter) is parameter and kernels.fits_codes(parameter)
-            for name in ("exp_avg", "exp_avg_sq"):
-                dtype = torch.uint8 if coded else torch.promote_types(parameter.dtype, torch.float32)
-                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-                if coded:
-                    state[f"{name}_scale"] = torch.zeros(
-                        parameter.numel() // kernels.CODES_PER_SCALE, device=parameter.device
-                    )
-        return state
-
-    def _moment(self, parameter: Tensor, name: str) -> Moment:
-        state = self.state[parameter]
-        scale = state.get(f"{name}_scale")
-        return local(state[name]) if scale is None else (state[name], scale)
-
-    def _books(self, parameter: Tensor) -> kernels.Codebooks | None:
-        coded = "exp_avg_scale" in self.state[parameter]
-        return kernels.codebooks(parameter.device) if coded else None
-
-    def _plain(self, group: dict[str, Any]) -> None:
-        """AdamW on a group: torch's own fused one where it keeps the moments' precision, else ours."""
-        params = [p for p in group["params"] if p.grad is not None]
-        states = [self._state(p) for p in params]
-        own = [p.dtype not in (torch.float32, torch.float64) or "exp_avg_scale" in self.state[p] for p in params]
-        fused = [(p, state) for p, state, mine in zip(params, states, own, strict=True) if not mine]
-        if fused:
-            adamw(
-                [local(p) for p, _ in fused],
-                [local(p.grad) for p, _ in fused],
-                [local(state["exp_avg"]) for _, state in fused],
-                [local(state["exp_avg_sq"]) for _, state in fused],
-                [],
-                [torch.full((), float(state["step"]), device=p.device) for p, state in fused],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for _, state in fused:
-                state["step"] += 1
-        for parameter, mine in zip(params, own, strict=True):
-            if mine:
-                self._advance([parameter], group, None)
-                self._move([parameter], [True], group)
-
-    def _advance(self, params: Sequence[Tensor], group: dict[str, Any], score: str | None) -> Tensor:
-        """Moves the moments of parameters by their gradients.
-
-        Returns:
-            Each one's score sum over what this process holds of it, (parameters,) of float64.
-        """
-        beta1, beta2 = group["betas"]
-        constants = (beta1, beta2, group["eps"], score)
-        sums: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(params)
-        together: dict[int, list[int]] = {}
-        for index, parameter in enumerate(params):
-            assert parameter.grad is not None  # the caller saw to it
-            self._state(parameter)["step"] += 1
-            weight, gradient = local(parameter), local(parameter.grad)
-            m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
-            kind = self._native(weight, m)
-            if kind is not None and gradient.is_contiguous() and gradient.dtype == weight.dtype:
-                together.setdefault(kind, []).append(index)
-                continue
-            books = self._books(parameter)
-            parts: list[Tensor] = []
-            for slab in kernels.slabs(weight, gradient, m, v):
-                for block in kernels.blocks(slab) if books is None else [slab]:
-                    assert block.gradient is not None
-                    run = self._coded(kernels.advance, block) if books else kernels.advance
-                    parts += run([block.gradient], [block.m], [block.v], *constants, books)
-            if score is not None:
-                sums[index] = torch.cat(parts).double().sum()
-        for kind, chosen in together.items():
-            gradients = [local(params[i].grad) for i in chosen]  # type: ignore[arg-type]  # none is None
-            ms, vs = ([self._moment(params[i], name) for i in chosen] for name in ("exp_avg", "exp_avg_sq"))
-            found = native.advance(kind, gradients, ms, vs, *constants)  # type: ignore[arg-type]  # values, not codes
-            for i, part in zip(chosen, found, strict=True):
-                sums[i] = part
-        return torch.stack(sums)
-
-    def _move(
-        self,
-        params: Sequence[Tensor],
-        decayed: Sequence[bool],
-        group: dict[str, Any],
-        wins: Tensor | None = None,
-    ) -> None:
-        """p <- p (1 - eta lambda), then p <- p - eta m_hat / (sqrt v_hat + eps), with bias-corrected moments.
-
-        With a bool scalar `wins` on a device, only if it holds: nothing is read back to the host.
-        """
-        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
-        for index, (parameter, decays) in enumerate(zip(params, decayed, strict=True)):
-            step = self.state[parameter]["step"]
-            keep = 1 - lr * group["weight_decay"] if decays else 1.0
-            rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-            seed = step * 0x9E3779B1 + index * 0x85EBCA6B
-            weight, books = local(parameter), self._books(parameter)
-            m, v = self._moment(parameter, "exp_avg"), self._moment(parameter, "exp_avg_sq")
-            kind = self._native(weight, m) if wins is None else None
-            if kind is not None:
-                native.move(kind, [weight], [m], [v], [keep], [rate], [root], eps, [seed])  # type: ignore[list-item]
-                continue
-            # A view of a strided parameter would be a copy, and the step lost.
-            target = weight if weight.is_contiguous() else weight.contiguous()
-            old = weight.clone() if wins is not None else weight
-            for slab in kernels.slabs(target, None, m, v):
-                for block in kernels.blocks(slab) if books is None else [slab]:
-                    numbers: list[Any] = [keep, rate, root, seed + block.first]
-                    run: Callable[..., Any] = kernels.move
-                    if books:
-                        run = self._coded(kernels.move, block)
-                        numbers = [torch.full((), x, dtype=torch.float64) for x in numbers[:3]]
-                        numbers.append(torch.full((), seed + block.first & 0xFFFFFFFF, dtype=torch.int64))
-                    run([block.weight], [block.m], [block.v], [numbers[0]], *numbers[1:3], eps, [numbers[3]], books)
-            if target is not weight:
-                weight.copy_(target)
-            if wins is not None:
-                weight.copy_(torch.where(wins, weight, old))
-
-    def _native(self, weight: Tensor, moment: Moment) -> int | None:
-        """kernels.cpp's number for a parameter that it serves, else None."""
-        return native.kind(weight, moment) if self.backend == "auto" and isinstance(moment, Tensor) else None
-
-    def _coded(self, function: Callable[..., Any], slab: kernels.Slab) -> Callable[..., Any]:
-        """`function` for 8-bit moments: compiled where there is much to do, since it has many small operations."""
-        if self.backend == "eager" or slab.weight.numel() < WORTH_COMPILING:
-            return function
-        kernels.mark_rows(slab.weight, slab.m, slab.v, *([] if slab.gradient is None else [slab.gradient]))
-        return kernels.compiled(function)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state in the precision it was saved in: torch would cast it to the parameters' dtype."""
-        super().load_state_dict(state_dict)
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    own = torch.promote_types(parameter.dtype, torch.float32) if value.is_floating_point() else None
-                    dtype = torch.float32 if name.endswith("_scale") else own or value.dtype
-                    self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
 
 
 class MoLFAdamW(AdamW):
@@ -409,17 +171,17 @@ class MoLFAdamW(AdamW):
         Raises:
             RuntimeError: A module has no gradient, or its experts' were deferred and never derived.
         """
-        loss = _evaluate(closure)
+        loss = evaluate(closure)
         self._require_gradients()
         scores = self._scores()
         winners = self.select(scores)
-        chosen = winners.tolist() if winners.device.type == "cpu" else None
-        for row, module in enumerate(self._modules):
-            for index in range(len(module.experts)):
-                if chosen is None:
-                    self._move_expert(module, index, winners[row, index])
-                elif chosen[row][index]:
-                    self._move_expert(module, index, None)
+        if winners.device.type == "cpu":
+            for module, chosen in zip(self._modules, winners.tolist(), strict=True):
+                for index in range(len(module.experts)):
+                    if chosen[index]:
+                        self._move_expert(module, index)
+        else:
+            self._move_masked(winners)
         groups = [group for group in self.param_groups if group["kind"] == "expert"]
         for group in self.param_groups:
             if group["kind"] == "other":
@@ -458,37 +220,91 @@ class MoLFAdamW(AdamW):
         sizes = [sum(p.numel() for p in self._params(expert)) for expert in experts]
         parts = self._advance(params, groups[0], groups[0]["score"])
         sums = torch.zeros(len(experts), dtype=torch.float64, device=parts.device)
-        sums.index_add_(0, _on(torch.tensor(owners), parts.device), parts)
+        sums.index_add_(0, kernels.to_device(torch.tensor(owners), parts.device), parts)
         _sum_over_shards(params[0], sums)
-        mean = (sums / _on(torch.tensor(sizes), parts.device)).view(len(self._modules), -1)
+        mean = (sums / kernels.to_device(torch.tensor(sizes), parts.device)).view(len(self._modules), -1)
         if groups[0]["score"] == "pfn":
             return mean.sqrt()
         rates = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64)
-        return mean * _on(rates, parts.device)
+        return mean * kernels.to_device(rates, parts.device)
 
-    def _move_expert(self, module: Module, index: int, wins: Tensor | None) -> None:
-        """Moves an expert's weights; with a bool scalar `wins` on a device, only if it holds (no read-back)."""
+    def _move_expert(self, module: Module, index: int) -> None:
+        """Moves a winner's weights, and the effective weight with them."""
         expert = module.experts[index]
         group, params = self.param_groups[expert.group], self._params(expert)
         if not module.effective:
-            self._move(params, expert.decayed, group, wins)
+            self._move(params, expert.decayed, group)
             return
-        weight = local(self._params(module.experts[0])[0])
-        seed = self.state[params[0]]["step"] * 0x632BE5AB + index
+        full = self._params(module.experts[0])[0]
         if index == 0:
-            self._move(params, expert.decayed, group, wins)
+            self._move(params, expert.decayed, group)
             # Decay acts on W = W_eff - sum s B A, so what it took from the experts' part is given back.
             rate = float(group["lr"]) * group["weight_decay"]
             for scale, other in zip(module.scaling, module.experts[1:], strict=True) if rate else ():
                 a, b = self._params(other)
-                _add_product(weight, local(b), whole(a), rate * scale, wins, seed)
+                _add_product(local(full), local(b), whole(a), rate * scale, self._seed(full) + 1)
             return
         a, b = params
         old_a, old_b = whole(a).clone(), local(b).clone()
-        self._move(params, expert.decayed, group, wins)
-        # s (B'A' - BA) as one product, so that the weight is rounded once; a loser's is zero to rounding, hence masked.
+        self._move(params, expert.decayed, group)
+        # s (B'A' - BA) as one product, so that the weight is rounded once.
         change = torch.cat([local(b), -old_b], dim=1)
-        _add_product(weight, change, torch.cat([whole(a), old_a]), module.scaling[index - 1], wins, seed)
+        scale = module.scaling[index - 1]
+        _add_product(local(full), change, torch.cat([whole(a), old_a]), scale, self._seed(full) + 1 + index)
+
+    def _move_masked(self, winners: Tensor) -> None:
+        """As `_move_expert` for all winners, which only the device knows: losers' changes are masked to nothing.
+
+        Args:
+            winners: (modules, experts), bool, on a device.
+        """
+        full = [(row, module) for row, module in enumerate(self._modules) if module.full]
+        effective = [(row, module) for row, module in full if module.effective]
+        self._move_where([(module.experts[0], winners[row, 0]) for row, module in full])
+        for row, module in effective:
+            base = self.param_groups[module.experts[0].group]
+            rate = float(base["lr"]) * base["weight_decay"]
+            gates = winners[row].to(local(self._params(module.experts[0])[0]).dtype)
+            # What decay took from the experts' part is given back; a winner's own part makes room for its new one.
+            self._add_experts(module, rate * gates[0] - gates[1:], 1)
+        self._move_where(
+            [
+                (expert, winners[row, index])
+                for row, module in enumerate(self._modules)
+                for index, expert in enumerate(module.experts)
+                if index or not module.full
+            ]
+        )
+        for row, module in effective:
+            gates = winners[row].to(local(self._params(module.experts[0])[0]).dtype)
+            self._add_experts(module, gates[1:], 2)
+
+    def _move_where(self, chosen: list[tuple[Expert, Tensor]]) -> None:
+        """Moves experts' weights, each where its scalar of `wins` holds: in one launch where the kernels allow."""
+        if not chosen:
+            return
+        params = [p for expert, _ in chosen for p in self._params(expert)]
+        fused = self._fused(params)
+        if fused is None:
+            for expert, wins in chosen:
+                self._move(self._params(expert), expert.decayed, self.param_groups[expert.group], wins)
+            return
+        numbers = [
+            self._numbers(parameter, decays, self.param_groups[expert.group])
+            for expert, _ in chosen
+            for parameter, decays in zip(self._params(expert), expert.decayed, strict=True)
+        ]
+        ms, vs = ([self._moment(p, name) for p in params] for name in ("exp_avg", "exp_avg_sq"))
+        wins = torch.stack([wins for expert, wins in chosen for _ in range(expert.count)])
+        eps = self.param_groups[chosen[0][0].group]["eps"]
+        fused.move([local(p) for p in params], ms, vs, *zip(*numbers, strict=True), eps, wins)
+
+    def _add_experts(self, module: Module, factors: Tensor, salt: int) -> None:
+        """W_eff <- W_eff + sum_i factor_i s_i B_i A_i, factors (LoRA experts,) on the device."""
+        full = self._params(module.experts[0])[0]
+        for scale, factor, expert in zip(module.scaling, factors.unbind(), module.experts[1:], strict=True):
+            a, b = self._params(expert)
+            _add_product(local(full), local(b) * factor, whole(a), scale, self._seed(full) + salt)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores moments in the precision they were saved in: torch would cast them to the parameters' dtype.
@@ -513,31 +329,16 @@ class MoLFAdamW(AdamW):
                 group["effective"] = own["effective"]
 
 
-def _evaluate(closure: Callable[[], float] | None) -> float | None:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device, without waiting for it."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, wins: Tensor | None, seed: int) -> None:
-    """weight <- weight + scale left right, only if `wins`; bfloat16 is added up in float32 and rounded stochastically.
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, seed: int) -> None:
+    """weight <- weight + scale left right; bfloat16 is added up in float32 and rounded stochastically.
 
     Args:
         weight: (out, in).
         left: (out, k).
         right: (k, in).
         scale: Of the product.
-        wins: bool scalar, or None for yes.
         seed: Of the rounding.
     """
-    if wins is not None:
-        left = left * wins
     if weight.dtype != torch.bfloat16:
         weight.addmm_(left, right, alpha=scale)
         return

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from molf.adamw import plain_adamw
 from molf.config import FftMethod, Training
 from molf.models import load_model
-from molf.optim import plain_adamw
 
 
 def prepare(model: PreTrainedModel, block: FftMethod) -> PreTrainedModel:

@@ -6,9 +6,9 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from molf.adamw import plain_adamw
 from molf.config import LoraMethod, Training
 from molf.models import load_model
-from molf.optim import plain_adamw
 
 
 def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
