@@ -1,13 +1,15 @@
 """`molf`: the pipeline's command line. Each command is short and says what to type next."""
 
 import argparse
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
 from molf.errors import RunError, UserError, main
@@ -31,6 +33,10 @@ def run(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="bring everything up to date (dvc repro) and print the comparison")
     commands.add_parser("check", help="look for mistakes in params.yaml")
+    estimate = commands.add_parser("estimate", help="say what memory, disk and time the grid needs")
+    estimate.add_argument("--probe", type=int, default=2, metavar="N", help="optimizer steps to time (default 2)")
+    estimate.add_argument("--no-probe", action="store_true", help="memory and disk only, in seconds")
+    estimate.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
     commands.add_parser("show", help="print the last comparison")
     preset = commands.add_parser("preset", help="apply a preset to params.yaml and show what changes")
     preset.add_argument("name", nargs="?", help="without it, the presets are listed")
@@ -47,6 +53,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(repro)
         case "check":
             return main(check)
+        case "estimate":
+            return main(lambda: estimate_grid(None if options.no_probe else options.probe, options.json))
         case "show":
             return main(show)
         case "preset":
@@ -103,6 +111,36 @@ def lacking(params: Params) -> None:
     ]
     if problems:
         raise UserError(problems)
+
+
+def estimate_grid(steps: int | None, as_json: bool) -> None:
+    """Prints what the grid needs.
+
+    Args:
+        steps: Optimizer steps to time in each model, task and method; None times nothing.
+        as_json: Whether to print all numbers as JSON instead of a table.
+    """
+    if steps is not None and steps < 1:
+        raise UserError(f"--probe {steps}: at least 1 step is timed; --no-probe times none")
+    params = load_params()
+    lacking(params)
+
+    from tqdm import tqdm
+
+    from molf import forecast, models
+
+    models.quiet()
+
+    def watch(probes: list[Any]) -> Iterable[Any]:
+        return tqdm(probes, desc="timing a few steps", unit="training", disable=None, leave=False)
+
+    result = forecast.forecast(params, steps, watch)
+    if as_json:
+        print(json.dumps(forecast.plain(result), indent=2))
+        return
+    print(forecast.table(result))
+    first = f"dvc repro {' '.join(result.run_first)} && molf estimate" if result.run_first else "make run"
+    print(f"next: {first}")
 
 
 def show() -> None:

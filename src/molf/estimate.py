@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from molf import kernels
 from molf.config import MethodBlock, Training
 from molf.errors import UserError
 from molf.nn import MoLFLinear
@@ -30,8 +31,6 @@ from molf.nn import MoLFLinear
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Elements that share one float32 scale where the moments are kept in 8 bits.
-SCALE_BLOCK = 256
 # What a process on the CPU takes beside its tensors, fitted to measurements (glibc 2.36, torch 2.13) and held by
 # tests/test_estimate.py. The code and buffers of the kernels that run, in bytes:
 KERNELS = 60_000_000
@@ -53,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process above what its imports take, by phase of a training and by part.
+    """Bytes of one process above what its imports take, by phase of a training and by part, and what follows from it.
 
     Phases do not add up: the peak is the largest. Parts of a phase do.
     """
@@ -61,7 +60,10 @@ class Memory:
     phases: dict[str, dict[str, int]]
     trained: int  # parameters
     parameters: int  # all of them; tied weights once
-    largest_layer: int  # bytes of the largest repeated block's weights, which FSDP gathers whole
+    saved: int  # bytes of the weights or the adapter that the cell leaves
+    checkpoint: int  # bytes of one checkpoint: what is trained, and its moments
+    modules: int  # with experts; 0 where nothing is routed
+    largest_layer: int  # bytes of the weights of the largest repeated block, which FSDP gathers whole
 
     @property
     def peak(self) -> str:
@@ -165,7 +167,11 @@ def cell_memory(
         "saving": {**fixed, "file's content": sizes["saved"]},
     }
     phases = {name: {part: size for part, size in parts.items() if size} for name, parts in phases.items()}
-    return Memory(phases, sizes["trained"], sizes["parameters"], sizes["largest_layer"])
+    modules = sum(isinstance(module, MoLFLinear) for module in model.modules())
+    checkpoint = sizes["trained bytes"] + sizes["moments"]
+    return Memory(
+        phases, sizes["trained"], sizes["parameters"], sizes["saved"], checkpoint, modules, sizes["largest_layer"]
+    )
 
 
 def per_process(memory: Memory, processes: int, sharding: str) -> int:
@@ -190,7 +196,9 @@ def per_process(memory: Memory, processes: int, sharding: str) -> int:
 
 def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
     """Bytes by kind, and counts, of a prepared model's parameters."""
-    sizes = dict.fromkeys(("weights", "experts", "gradients", "moments", "trained", "parameters", "saved"), 0)
+    sizes = dict.fromkeys(
+        ("weights", "experts", "gradients", "moments", "trained", "trained bytes", "parameters", "saved"), 0
+    )
     adapter = not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
     deferred = {id(p) for module in model.modules() if _effective(module) for p in _experts(module)}
     for name, parameter in model.named_parameters():
@@ -201,10 +209,10 @@ def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
         sizes["saved"] += size if expert == adapter else 0
         if parameter.requires_grad:
             sizes["trained"] += parameter.numel()
+            sizes["trained bytes"] += size
             sizes["gradients"] += 0 if id(parameter) in deferred else size
-            sizes["moments"] += 2 * parameter.numel() * 4
-    if moments == "8bit":
-        sizes["moments"] = 2 * sizes["trained"] + 2 * 4 * sizes["trained"] // SCALE_BLOCK
+            coded = moments == "8bit" and kernels.fits_codes(parameter)
+            sizes["moments"] += round(2 * parameter.numel() * (1 + 4 / kernels.CODES_PER_SCALE if coded else 4))
     sizes["weights"] += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
     of_layer = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]

@@ -1,5 +1,6 @@
 """What a result was made on and with: hardware, library versions, git commit."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -33,6 +34,22 @@ def hardware(threads: int | None, processes: int = 1) -> dict[str, Any]:
     several = f"|{processes}" if processes > 1 else ""
     digest = hashlib.sha256(f"{name}|{count}{several}".encode()).hexdigest()[:16]
     return {"name": name, "threads": count, "processes": processes, "fingerprint": digest}
+
+
+def memory_free() -> int | None:
+    """Bytes that a training may take: of the GPU where there is one, else of this machine or its container."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: then there is no limit
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(free, default=None)
 
 
 def git_commit() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from molf import generate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 BATCH, LENGTH = 8, 128  # sequences, and tokens of each, in one step
@@ -36,25 +36,15 @@ def build(
         parameters, tokens, steps, final_loss (nats a token, mean of the last tenth), seconds.
     """
     from tqdm.auto import tqdm
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     started = time.perf_counter()
     documents = generate.pretraining_text(seed)
     tokenizer = train_tokenizer(["".join(document) for document in documents], vocabulary)
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = architecture(layers, width, heads, len(tokenizer))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     model = Qwen2ForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     ids, labels = pack(tokenizer, documents)
@@ -87,6 +77,22 @@ def build(
         "final_loss": sum(last) / len(last),
         "seconds": time.perf_counter() - started,
     }
+
+
+def architecture(layers: int, width: int, heads: int, vocabulary: int) -> "Qwen2Config":
+    """The model's shape, as transformers describes it; two heads share their keys and values."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> "PreTrainedTokenizerFast":

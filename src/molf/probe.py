@@ -1,0 +1,50 @@
+"""`python -m molf.probe MODEL TASK METHOD STEPS FILE`: trains a few steps of a cell, to know how long a step takes."""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from molf.config import load_params
+from molf.errors import main
+from molf.paths import MODELS, PREPARED
+
+
+def run() -> None:
+    """Writes `seconds` and `tokens` of STEPS steps, and the `wall` seconds of all that this process did, into FILE."""
+    started = time.perf_counter()
+    model, task, method, steps, file = sys.argv[1:]
+    params = load_params()
+
+    import pandas as pd
+
+    from molf import models, training
+    from molf.methods import METHODS
+
+    models.quiet()
+    block = params.methods[method]
+    # The first step compiles and fills caches; it counts as a part of the start.
+    budget = params.training_for(task).model_copy(update={"max_steps": int(steps) + 1})
+    METHODS[block.kind].save = lambda *_: None  # type: ignore[attr-defined]  # gigabytes that nobody will read
+    with tempfile.TemporaryDirectory(prefix="molf-probe-") as folder:
+        outcome = training.train(
+            base=MODELS / model,
+            examples_frame=pd.read_parquet(PREPARED / task / "train.parquet"),
+            block=block,
+            training=budget,
+            seed=0,
+            weights=Path(folder) / "weights",
+            scratch=Path(folder) / "scratch",
+        )
+    history = outcome.history
+    report = {
+        "seconds": float(history["seconds"].iloc[-1] - history["seconds"].iloc[0]),
+        "tokens": int(history["tokens"].iloc[1:].sum()),
+        "wall": time.perf_counter() - started,
+    }
+    Path(file).write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(run))
