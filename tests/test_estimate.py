@@ -25,7 +25,7 @@ CELLS: dict[str, dict[str, Any]] = {
 CELLS["molf-dense-5"] = {"method": "molf", "forward": "dense", "rows": 5, "length": 96}
 CELLS["molf-2x3"] = {"method": "molf", "rows": 3, "length": 96, "training": {"gradient_accumulation": 2}}
 for _method in ("fft", "molf"):
-    CELLS[f"{_method}-8bit-5"] = {"method": _method, "rows": 5, "length": 96, "training": {"moments": "8bit"}}
+    CELLS[f"{_method}-8bit-8"] = {"method": _method, "rows": 8, "length": 96, "training": {"moments": "8bit"}}
 
 
 @pytest.fixture(scope="module")

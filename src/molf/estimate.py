@@ -27,6 +27,7 @@ from molf import kernels
 from molf.config import MethodBlock, Training
 from molf.errors import UserError
 from molf.nn import MoLFLinear
+from molf.optim import WORTH_COMPILING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 # What a process on the CPU takes beside its tensors, fitted to measurements (glibc 2.36, torch 2.13) and held by
 # tests/test_estimate.py. The code and buffers of the kernels that run, in bytes:
 KERNELS = 60_000_000
+# What torch.compile takes in the process that calls it (100 MB when the code is in its cache, 220 MB when not):
+COMPILER = 150_000_000
 # Torch asks for aligned blocks, and glibc then needs a hole larger than the block that it just freed: of the bytes
 # freed in the forward and of those made in the backward, these shares find no second use. Blocks over 32 MiB go back to
 # the system at once.
@@ -153,7 +156,7 @@ def cell_memory(
     deferred = sizes["experts"] if block.kind == "molf" and any(_effective(module) for module in model.modules()) else 0
     if cuda:
         forward.pop("not reused")
-    overhead = {} if cuda else {"kernels": KERNELS}
+    overhead = {} if cuda else {"kernels": KERNELS, "compiler": sizes["compiler"]}
     phases = {
         "loading": {"weights": sizes["weights"], "checkpoint file": 0 if config.dtype == dtype else stored},
         "forward and backward": {**fixed, **forward, **overhead},
@@ -197,7 +200,7 @@ def per_process(memory: Memory, processes: int, sharding: str) -> int:
 def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
     """Bytes by kind, and counts, of a prepared model's parameters."""
     sizes = dict.fromkeys(
-        ("weights", "experts", "gradients", "moments", "trained", "trained bytes", "parameters", "saved"), 0
+        ("weights", "experts", "gradients", "moments", "trained", "trained bytes", "parameters", "saved", "compiler"), 0
     )
     adapter = not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
     deferred = {id(p) for module in model.modules() if _effective(module) for p in _experts(module)}
@@ -212,6 +215,8 @@ def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
             sizes["trained bytes"] += size
             sizes["gradients"] += 0 if id(parameter) in deferred else size
             coded = moments == "8bit" and kernels.fits_codes(parameter)
+            if coded and parameter.numel() >= WORTH_COMPILING:
+                sizes["compiler"] = COMPILER
             sizes["moments"] += round(2 * parameter.numel() * (1 + 4 / kernels.CODES_PER_SCALE if coded else 4))
     sizes["weights"] += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
