@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 CELLS: dict[str, dict[str, Any]] = {
     f"{method}-{rows}": {"method": method, "rows": rows, "length": 96}
     for method in ("fft", "lora", "molf", "molf-e")
-    for rows in (5, 10)
+    for rows in (4, 8)
 }
 CELLS["molf-dense-5"] = {"method": "molf", "forward": "dense", "rows": 5, "length": 96}
 CELLS["molf-2x3"] = {"method": "molf", "rows": 3, "length": 96, "training": {"gradient_accumulation": 2}}

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from molf import kernels
+from molf.adamw import WORTH_COMPILING
 from molf.config import MethodBlock, Training
 from molf.errors import UserError
 from molf.nn import MoLFLinear
-from molf.optim import WORTH_COMPILING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,7 +108,7 @@ def for_cell(base: Path, block: MethodBlock, training: Training, shape: Shape | 
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{base} has no config.json that transformers reads: {error}") from None
     stored = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    shape = shape or Shape(training.batch_size, training.max_length, training.max_length // 4 + 1)
+    shape = shape or Shape(training.micro_batches()[0], training.max_length, training.max_length // 4 + 1)
     return cell_memory(config, block, training, shape, cuda=torch.cuda.is_available(), stored=stored)
 
 
@@ -151,7 +151,7 @@ def cell_memory(
         sizes = _sizes(model, training.moments)
         with FakeTensorMode():
             _to_fake(model)
-            forward = _Tracker().step(model, shape, cuda and training.dtype == "auto", training.gradient_accumulation)
+            forward = _Tracker().step(model, shape, cuda and training.dtype == "auto", training.micro_batches()[1])
     fixed = {"weights": sizes["weights"], "experts": sizes["experts"], "AdamW moments": sizes["moments"]}
     deferred = sizes["experts"] if block.kind == "molf" and any(_effective(module) for module in model.modules()) else 0
     if cuda:

@@ -91,7 +91,7 @@ def largest(training: Training, lengths: Lengths | None, answer: int) -> Shape:
         lengths: Of the examples, those over `max_length` left out; None: they are not known yet.
         answer: Tokens that an answer may have, which is what is assumed of the completions when nothing is known.
     """
-    rows = math.ceil(training.batch_size / training.processes)
+    rows, _ = training.micro_batches()
     if lengths is None:
         return Shape(rows, training.max_length, min(answer, training.max_length - 1) + 2)
     return Shape(rows, max(lengths.whole), max(lengths.completion) + 1)
