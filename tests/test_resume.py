@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Job:
     accumulation: int = 1
     every: int | None = 3  # steps between checkpoints
     steps: int = 30
+    slow: bool = False  # whether its disk is, so that a write can be met in its middle
 
     @property
     def checkpoints(self) -> Path:
@@ -111,6 +112,14 @@ def run(job: Job, listener: Any = None) -> Outcome:
 def child(job: Job) -> None:
     """`run` in a process of its own, its results in files."""
     os.chdir(job.folder)
+    if job.slow:
+        sync = checkpoint._sync
+
+        def slowly(descriptor: int) -> None:
+            sync(descriptor)
+            time.sleep(0.02)
+
+        checkpoint._sync = slowly
     try:
         outcome = run(job)
     except Interrupted as stop:
@@ -178,7 +187,7 @@ def test_a_training_killed_at_any_moment_ends_as_if_it_had_not_been(
     for kill in range(KILLS):
         # Some steps and a moment after the start, at least one checkpoint later; or in the middle of one's write.
         made = len(often.heard) + draw.randrange(4, 9)
-        process = start(often)
+        process = start(replace(often, slow=bool(kill % 2)))
         if kill % 2:
             alive = until(lambda: bool(list(often.checkpoints.glob(".step-*.tmp"))), process)
         else:
@@ -268,6 +277,35 @@ def failing(calls: int, fail: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
 def no_gradient(loss: torch.Tensor) -> torch.Tensor:
     loss.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
     return loss
+
+
+class Stopper:
+    """A listener that presses Ctrl-C once it hears of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        if rows[-1]["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("heard", [9, 10])
+def test_a_training_stopped_in_its_last_step_has_nothing_left_to_do(heard: int, base: Path, tmp_path: Path) -> None:
+    """During the last step, and after it."""
+    job, once = (Job(base, tmp_path / name, "molf", every=None, steps=10) for name in ("cell", "once"))
+    for folder in (job.folder, once.folder):
+        folder.mkdir()
+    with pytest.raises(Interrupted, match="after step 10 of 10"):
+        run(job, Stopper(heard))
+    assert not job.weights.exists()
+    stopped, whole = run(job), run(once)
+    assert job.heard == []
+    pd.testing.assert_frame_equal(stopped.history.drop(columns=WALL), whole.history.drop(columns=WALL))
+    assert stopped.routing is not None and whole.routing is not None
+    pd.testing.assert_frame_equal(stopped.routing, whole.routing)
+    assert stopped.summary["order_hash"] == whole.summary["order_hash"]
+    assert folder_hash(job.weights) == folder_hash(once.weights)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
