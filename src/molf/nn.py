@@ -100,14 +100,15 @@ class MoLFLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y = F.linear(x, self.weight, self.bias)
         if self.is_effective:
-            return y
+            return F.linear(x, self.weight, self.bias)
         packed_a = torch.cat(list(self.lora_A))
         packed_b = torch.cat([s * b for s, b in zip(self.scaling, self.lora_B, strict=True)], dim=1)
-        h = F.linear(F.dropout(x, self.lora_dropout, self.training), packed_a)
-        # The sum inside the product: one pass over the output less than adding afterwards.
-        return torch.addmm(y.view(-1, self.out_features), h.view(-1, len(packed_a)), packed_b.T).view(y.shape)
+        rows = x.reshape(-1, self.in_features)
+        y = F.linear(rows, self.weight, self.bias)
+        h = F.linear(F.dropout(rows, self.lora_dropout, self.training), packed_a)
+        # Into the output itself: adding afterwards would pass over it twice more. Autocast leaves in-place ops alone.
+        return y.addmm_(h, packed_b.to(y.dtype).T).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def lora_weight(self) -> Tensor:
