@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from molf.checkpoint import Checkpoints
 from molf.collective import rank
 from molf.config import Params, check_params, read_yaml
+from molf.resume import Keeper
 from molf.training import Outcome, train
 from tests.conftest import ROOT, frame
 
@@ -30,12 +32,54 @@ def params(name: str, **budget: Any) -> Params:
     return check_params(data, "test")
 
 
-def run_cell(name: str, bases: dict[str, str], folder: Path, **budget: Any) -> Outcome:
+class Stopped(Exception):
+    """A training ended here, as if it were killed."""
+
+
+class StopAfter:
+    """A listener that ends the training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        if rows[-1]["step"] == self.step:
+            raise Stopped
+
+
+def run_cell(
+    name: str, bases: dict[str, str], folder: Path, checkpoints: Path | None = None, stop: int = 0, **budget: Any
+) -> Outcome | None:
+    """Trains a cell into a folder.
+
+    Args:
+        name: Of `CELLS`.
+        bases: Folders of the base models.
+        folder: For weights and the Trainer's files.
+        checkpoints: Where one is written every two steps, and where the training goes on from.
+        stop: The step after which the training ends as if it were killed; 0: none.
+        budget: Changes of `training`.
+
+    Returns:
+        What the training leaves; None if it was stopped.
+    """
     method, _, base = CELLS[name]
     chosen = params(name, **budget)
-    return train(
-        Path(bases[base]), frame(18), chosen.methods[method], chosen.training, 3, folder / "weights", folder / "scratch"
-    )
+    keeper = Keeper(Checkpoints(checkpoints, {"cell": name}, keep=1), 2, None) if checkpoints else None
+    try:
+        return train(
+            Path(bases[base]),
+            frame(18),
+            chosen.methods[method],
+            chosen.training,
+            3,
+            folder / "weights",
+            folder / "scratch",
+            StopAfter(stop),
+            keeper,
+        )
+    except Stopped:
+        return None
 
 
 def run_cells(folder: Path) -> None:
@@ -43,8 +87,9 @@ def run_cells(folder: Path) -> None:
     listed = json.loads((folder / "cells.json").read_text())
     for cell in listed["cells"]:
         own = folder / cell["folder"]
-        outcome = run_cell(cell["name"], listed["bases"], own, **cell["budget"])
-        if rank() == 0:
+        checkpoints = Path(cell["checkpoints"]) if cell["checkpoints"] else None
+        outcome = run_cell(cell["name"], listed["bases"], own, checkpoints, cell["stop"], **cell["budget"])
+        if rank() == 0 and outcome is not None:
             outcome.history.to_parquet(own / "history.parquet")
             (own / "summary.json").write_text(json.dumps(outcome.summary))
             if outcome.routing is not None:

@@ -36,21 +36,38 @@ def bases(base: Path, tied_base: Path) -> dict[str, str]:
     return {"base": str(base), "tied": str(tied_base)}
 
 
+def whole(outcome: Outcome | None) -> Outcome:
+    assert outcome is not None
+    return outcome
+
+
 @pytest.fixture(scope="session")
 def alone(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Outcome, Path]]:
     """Every cell, trained by this process."""
     folder = tmp_path_factory.mktemp("alone")
-    return {name: (run_cell(name, bases, folder / name), folder / name / "weights") for name in CELLS}
+    return {name: (whole(run_cell(name, bases, folder / name)), folder / name / "weights") for name in CELLS}
 
 
 @pytest.fixture(scope="session")
 def together(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every cell, trained by two processes."""
+    """Every cell, trained by two processes: from the start, from a checkpoint of one, and up to one of their own."""
     folder = tmp_path_factory.mktemp("together")
-    cells = [{"name": name, "folder": own, "budget": {"processes": 2, **budget}} for name, own, budget in RUNS]
+    cells: list[dict[str, Any]] = [{"name": name, "folder": own, "budget": budget} for name, own, budget in RUNS]
+    assert run_cell("molf-effective", bases, folder / "first", folder / "by-one", stop=5) is None
+    for sharding in ("ddp", "fsdp"):
+        shutil.copytree(folder / "by-one", folder / f"by-one-{sharding}")
+        cells.append({"name": "molf-effective", "folder": f"resumed-{sharding}", "budget": {"sharding": sharding}})
+        cells[-1]["checkpoints"] = str(folder / f"by-one-{sharding}")
+    for name in ("molf-effective", "lora"):
+        cells.append({"name": name, "folder": f"stopped-{name}", "budget": {"sharding": "fsdp"}, "stop": 5})
+        cells[-1]["checkpoints"] = str(folder / f"by-two-{name}")
+    for cell in cells:
+        cell["budget"]["processes"] = 2
+    cells = [{"checkpoints": None, "stop": 0, **cell} for cell in cells]
     (folder / "cells.json").write_text(json.dumps({"bases": bases, "cells": cells}))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    processes.launch("tests.group", ["cells", str(folder)], 2, threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        processes.launch("tests.group", ["cells", str(folder)], 2, threads=1)
     return folder
 
 
@@ -79,10 +96,45 @@ def test_two_processes_train_what_one_trains(
         assert routing["score"].tolist() == pytest.approx(outcome.routing["score"].tolist(), rel=1e-3)
         counted = outcome.routing[outcome.routing["counted"]]
         assert set(counted.groupby("expert")["won"].any()) == {True}, "one expert won everything: nothing is shown"
-    one, two = weights(folder), weights(together / own / "weights")
-    assert one.keys() == two.keys()
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=2e-6)
+    require_close(folder, together / own / "weights")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_go_on_from_the_checkpoint_of_one(
+    sharding: str, alone: dict[str, tuple[Outcome, Path]], together: Path
+) -> None:
+    outcome, folder = alone["molf-effective"]
+    own = together / f"resumed-{sharding}"
+    summary = json.loads((own / "summary.json").read_text())
+    assert (summary["resumed_at_steps"], summary["sharding"], summary["steps"]) == ([4], sharding, 9)
+    assert outcome.routing is not None
+    assert pd.read_parquet(own / "routing.parquet")["won"].tolist() == outcome.routing["won"].tolist()
+    require_close(folder, own / "weights")
+
+
+@pytest.mark.parametrize("name", ["molf-effective", "lora"])
+def test_one_process_goes_on_from_the_shards_of_two(
+    name: str, alone: dict[str, tuple[Outcome, Path]], together: Path, bases: dict[str, str], tmp_path: Path
+) -> None:
+    checkpoints = together / f"by-two-{name}"
+    [shards] = checkpoints.glob("step-*")
+    sizes = [(shards / f"rank-{rank}.safetensors").stat().st_size for rank in (0, 1)]
+    assert min(sizes) > 0.6 * max(sizes), "one process wrote what both should"
+    resumed = whole(run_cell(name, bases, tmp_path, checkpoints))
+    outcome, folder = alone[name]
+    assert resumed.summary["resumed_at_steps"] == [4]
+    assert resumed.history["loss"].tolist() == pytest.approx(outcome.history["loss"].tolist(), rel=1e-5)
+    if outcome.routing is not None and resumed.routing is not None:
+        assert resumed.routing["won"].tolist() == outcome.routing["won"].tolist()
+    require_close(folder, tmp_path / "weights")
+
+
+def require_close(one: Path, two: Path) -> None:
+    """Equal weights, within what float32 rounds."""
+    ours, theirs = weights(one), weights(two)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, rtol=1e-5, atol=2e-6)
 
 
 def test_a_group_shares_numbers_and_cores(tmp_path: Path, path: None) -> None:
