@@ -1,6 +1,5 @@
 """`python -m tests.group CASE FOLDER`: two processes of one group, for test_processes.py. It is not a test."""
 
-import json
 import os
 import signal
 import sys
@@ -21,18 +20,13 @@ def run() -> None:
 
 
 def work(case: str, folder: Path) -> None:
-    import torch
-
-    from molf.collective import barrier, rank, total
+    from molf.collective import barrier, rank
 
     match case:
         case "cells":
             from tests.cells import run_cells
 
             run_cells(folder)
-        case "sum":
-            answer = [total(rank() + 1), torch.get_num_threads()]
-            (folder / f"{rank()}.json").write_text(json.dumps(answer))
         case "wait":
             (folder / f"{rank()}.pid").write_text(str(os.getpid()))
             time.sleep(600)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,18 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molf import processes
-from molf.config import read_yaml
+from molf import processes, sharding
+from molf.config import Training, read_yaml
 from molf.errors import RunError, UserError
+from molf.estimate import Shape
 from molf.models import INFO
 from molf.paths import write_json, write_parquet
 from molf.training import Outcome
-from tests.cells import CELLS, run_cell
+from tests.cells import CELLS, params, run_cell
 from tests.conftest import QUIET, ROOT, frame
 
 # name of a cell, folder, budget of two processes
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
-    *((name, f"{name}-{sharding}", {"sharding": sharding}) for name in CELLS for sharding in ("ddp", "fsdp")),
+    *((name, f"{name}-{way}", {"sharding": way}) for name in CELLS for way in ("ddp", "fsdp")),
     ("molf-effective", "halved", {"sharding": "ddp", "batch_size": 8, "gradient_accumulation": 1}),
 ]
 
@@ -54,10 +56,10 @@ def together(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("together")
     cells: list[dict[str, Any]] = [{"name": name, "folder": own, "budget": budget} for name, own, budget in RUNS]
     assert run_cell("molf-effective", bases, folder / "first", folder / "by-one", stop=5) is None
-    for sharding in ("ddp", "fsdp"):
-        shutil.copytree(folder / "by-one", folder / f"by-one-{sharding}")
-        cells.append({"name": "molf-effective", "folder": f"resumed-{sharding}", "budget": {"sharding": sharding}})
-        cells[-1]["checkpoints"] = str(folder / f"by-one-{sharding}")
+    for way in ("ddp", "fsdp"):
+        shutil.copytree(folder / "by-one", folder / f"by-one-{way}")
+        cells.append({"name": "molf-effective", "folder": f"resumed-{way}", "budget": {"sharding": way}})
+        cells[-1]["checkpoints"] = str(folder / f"by-one-{way}")
     for name in ("molf-effective", "lora"):
         cells.append({"name": name, "folder": f"stopped-{name}", "budget": {"sharding": "fsdp"}, "stop": 5})
         cells[-1]["checkpoints"] = str(folder / f"by-two-{name}")
@@ -99,14 +101,14 @@ def test_two_processes_train_what_one_trains(
     require_close(folder, together / own / "weights")
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_go_on_from_the_checkpoint_of_one(
-    sharding: str, alone: dict[str, tuple[Outcome, Path]], together: Path
+    way: str, alone: dict[str, tuple[Outcome, Path]], together: Path
 ) -> None:
     outcome, folder = alone["molf-effective"]
-    own = together / f"resumed-{sharding}"
+    own = together / f"resumed-{way}"
     summary = json.loads((own / "summary.json").read_text())
-    assert (summary["resumed_at_steps"], summary["sharding"], summary["steps"]) == ([4], sharding, 9)
+    assert (summary["resumed_at_steps"], summary["sharding"], summary["steps"]) == ([4], way, 9)
     assert outcome.routing is not None
     assert pd.read_parquet(own / "routing.parquet")["won"].tolist() == outcome.routing["won"].tolist()
     require_close(folder, own / "weights")
@@ -137,11 +139,6 @@ def require_close(one: Path, two: Path) -> None:
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-5, atol=2e-6)
 
 
-def test_a_group_shares_numbers_and_cores(tmp_path: Path, path: None) -> None:
-    processes.launch("tests.group", ["sum", str(tmp_path)], 2, threads=1)
-    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[3, 1], [3, 1]]
-
-
 @pytest.fixture
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -163,7 +160,7 @@ def test_a_failure_of_one_ends_all_with_its_own_message(
         processes.launch("tests.group", [case, str(tmp_path)], 2, threads=1)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_all_end_with_the_process_that_started_them(ending: signal.Signals, tmp_path: Path, path: None) -> None:
     parent = subprocess.Popen([sys.executable, "-m", "tests.group", "wait", str(tmp_path)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -193,12 +190,38 @@ def test_there_must_be_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -
         processes.launch("tests.group", [], 2, threads=1)
 
 
-def test_the_stage_trains_with_two_processes_and_says_a_mistake_once(tied_base: Path, tmp_path: Path) -> None:
+def test_auto_shards_where_a_process_cannot_hold_the_cell(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = params("molf-dense", processes=2, sharding="auto")
+
+    def choice(memory: int, **changes: Any) -> str | None:
+        monkeypatch.setattr(sharding, "memory_of", lambda processes: memory)
+        training = Training.model_validate(chosen.training.model_dump() | changes)
+        return sharding.choose(base, chosen.methods["molf"], training, Shape(4, 32, 8))
+
+    assert (choice(10**12), choice(10**6)) == ("ddp", "fsdp")
+    assert choice(10**6, moments="8bit") == "ddp"
+    assert choice(10**12, sharding="fsdp") == "fsdp"
+    assert choice(10**6, processes=1) is None
+
+
+def test_processes_share_this_machines_memory() -> None:
+    one, four = sharding.memory_of(1), sharding.memory_of(4)
+    assert one > 10**8
+    assert four == (one if torch.cuda.is_available() else one // 4)
+
+
+def test_the_stage_trains_with_two_processes_stops_goes_on_and_says_a_mistake_once(
+    tied_base: Path, tmp_path: Path
+) -> None:
     stage = Stage(tmp_path, tied_base)
-    stage.run(0, max_length=32)
+    said = stage.run(1, interrupt=True, max_length=32, epochs=20)
+    assert re.search(r"interrupted: after step \d+ of 60; .* goes on from ", said)
+    assert "Traceback" not in said
+    said = stage.run(0, max_length=32, epochs=20, sharding="fsdp")
     train = tmp_path / "results/tiny/fact/molf/seed-0/train"
     summary, run = (json.loads((train / name).read_text()) for name in ("summary.json", "run.json"))
-    assert (summary["processes"], summary["sharding"], summary["steps"]) == (2, "ddp", 3)
+    assert (summary["processes"], summary["sharding"], summary["steps"]) == (2, "fsdp", 60)
+    assert f"resumed after step {summary['resumed_at_steps'][0]} " in said
     assert (run["hardware"]["threads"], run["hardware"]["processes"]) == (1, 2)
     assert summary["peak_memory_bytes"] < summary["peak_memory_bytes_of_all"] <= 2 * summary["peak_memory_bytes"]
     assert weights(tmp_path / "weights/tiny/fact/molf/seed-0")
@@ -220,14 +243,21 @@ class Stage:
         write_parquet(root / "data/prepared/fact/train.parquet", rows)
         write_json(root / "data/prepared/fact/summary.json", {"data_hash": "x", "generated": True, "source": "here"})
 
-    def run(self, code: int, **budget: Any) -> str:
-        """Runs the stage with two processes, and returns what it said."""
+    def run(self, code: int, interrupt: bool = False, **budget: Any) -> str:
+        """Runs the stage with two processes, and returns what it said.
+
+        Args:
+            code: The exit code that it must have.
+            interrupt: Whether it gets a SIGINT once it wrote a checkpoint.
+            budget: Changes of `training`.
+        """
         data = read_yaml(ROOT / "params.yaml")
-        data["training"] |= {"processes": 2, "threads": 1, "epochs": 1} | budget
+        data["training"] |= {"processes": 2, "threads": 1, "epochs": 1, "sharding": "ddp"} | budget
+        data["checkpoint"]["steps"] = 1 if interrupt else None
         data["tasks"]["fact"]["training"] = {}
         data["methods"]["molf"]["r"] = [4]
         (self.root / "params.yaml").write_text(json.dumps(data))
-        done = subprocess.run(
+        stage = subprocess.Popen(
             [sys.executable, "-m", "molf.stages.train", "tiny", "fact", "molf", "0"],
             cwd=self.root,
             env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT / "src")},
@@ -235,5 +265,11 @@ class Stage:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        assert done.returncode == code, done.stdout
-        return done.stdout
+        while interrupt and stage.poll() is None:
+            if list(self.root.glob(".molf/checkpoints/**/step-*/state.json")):
+                stage.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.05)
+        said, _ = stage.communicate()
+        assert stage.returncode == code, said
+        return said

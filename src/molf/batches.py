@@ -32,6 +32,13 @@ class Examples(Dataset[dict[str, list[int]]]):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.rows[index]
 
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest example, and positions on which the longest completion needs the head."""
+        return (
+            max(len(row["prompt"]) + len(row["completion"]) for row in self.rows),
+            max(len(row["completion"]) for row in self.rows) + 1,
+        )
+
 
 def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, max_length: int) -> Examples:
     """Encodes prompt and completion of each row; an example over `max_length` tokens is dropped, never cut.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from molf import estimate
 from molf.collective import agreed, gathered, rank, world_size
 from molf.config import MethodBlock, Training
 from molf.errors import RunError
@@ -20,28 +21,32 @@ from molf.models import load_model, weight_dtype
 if TYPE_CHECKING:
     from accelerate import FullyShardedDataParallelPlugin
 
-# Of a process's memory, what weights, gradients and moments may take under `auto`; the rest is for activations.
-SHARE = 0.7
+# Of a process's memory, what `auto` lets DDP take: its imports and what else runs there need some too.
+SHARE = 0.85
 
 
-def choose(training: Training, model: torch.nn.Module) -> str | None:
-    """`ddp` or `fsdp`, the same in every process; None for one process alone."""
+def choose(base: Path, block: MethodBlock, training: Training, shape: estimate.Shape) -> str | None:
+    """`ddp` or `fsdp`, the same in every process; None for one process alone.
+
+    Args:
+        base: Folder of the base model.
+        block: The method's block of params.yaml.
+        training: The budget, the task's overrides included.
+        shape: Of a process's largest micro-batch.
+    """
     if training.processes == 1:
         return None
     if training.sharding != "auto":
         return training.sharding
     if training.moments == "8bit":
         return "ddp"  # its codes are in blocks that know no rows
-    return agreed(lambda: "ddp" if state_bytes(model) <= SHARE * memory_of(training.processes) else "fsdp")
 
+    def by_memory() -> str:
+        memory = estimate.for_cell(base, block, training, shape)
+        needed = estimate.per_process(memory, training.processes, "ddp")
+        return "ddp" if needed <= SHARE * memory_of(training.processes) else "fsdp"
 
-def state_bytes(model: torch.nn.Module) -> int:
-    """Weights of all parameters; of the trained ones also gradients, DDP's copy of them, and two float32 moments."""
-    total = 0
-    for parameter in model.parameters():
-        size = parameter.element_size()
-        total += parameter.numel() * (size + (2 * size + 8 if parameter.requires_grad else 0))
-    return total
+    return agreed(by_memory)
 
 
 def memory_of(processes: int) -> int:

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from molf import collective, sharding
+from molf import collective, estimate, sharding
 from molf.batches import Collator, Examples, SeededBatches, SeededOrder, encode_examples
 from molf.config import MethodBlock, Training
 from molf.encoding import IGNORED
@@ -293,8 +293,8 @@ def train(
     trained, total = parameter_counts(model)
     routing = RoutingRecorder() if method.routed(block) else None
     recorder = Recorder(optimizer, routing, listener)
-    shared = sharding.choose(training, model)
     rows, micro_batches = training.micro_batches()
+    shared = sharding.choose(base, block, training, estimate.Shape(rows, *examples.longest()))
     order = SeededOrder(len(examples), seed)
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -339,6 +339,8 @@ def train(
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[recorder],
     )
+    if collective.rank() > 0:
+        torch.manual_seed(seed + 1_000_003 * collective.rank())  # else all would drop out the same positions
     # The Trainer's own callbacks print a dict a step; the bar shows the loss instead.
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
