@@ -30,10 +30,10 @@ def work(case: str, folder: Path) -> None:
         case "wait":
             (folder / f"{rank()}.pid").write_text(str(os.getpid()))
             time.sleep(600)
+        case "user":  # which every process finds
+            raise UserError(["first problem", "second problem"])
     if rank() == 1:
         match case:
-            case "user":
-                raise UserError(["first problem", "second problem"])
             case "run":
                 raise RunError("the loss is no number")
             case "defect":

@@ -210,9 +210,7 @@ def test_processes_share_this_machines_memory() -> None:
     assert four == (one if torch.cuda.is_available() else one // 4)
 
 
-def test_the_stage_trains_with_two_processes_stops_goes_on_and_says_a_mistake_once(
-    tied_base: Path, tmp_path: Path
-) -> None:
+def test_the_stage_trains_with_two_processes_stops_and_goes_on(tied_base: Path, tmp_path: Path) -> None:
     stage = Stage(tmp_path, tied_base)
     said = stage.run(1, interrupt=True, max_length=32, epochs=20)
     assert re.search(r"interrupted: after step \d+ of 60; .* goes on from ", said)
@@ -225,9 +223,6 @@ def test_the_stage_trains_with_two_processes_stops_goes_on_and_says_a_mistake_on
     assert (run["hardware"]["threads"], run["hardware"]["processes"]) == (1, 2)
     assert summary["peak_memory_bytes"] < summary["peak_memory_bytes_of_all"] <= 2 * summary["peak_memory_bytes"]
     assert weights(tmp_path / "weights/tiny/fact/molf/seed-0")
-    said = stage.run(2, max_length=8)
-    assert said.count("training.max_length: 8 tokens leave none") == 1
-    assert "Traceback" not in said
 
 
 class Stage:
@@ -238,7 +233,6 @@ class Stage:
         shutil.copytree(model, root / "models/tiny")
         write_json(root / "models/tiny" / INFO, {"name": "tiny", "kind": "tiny", "generated": True})
         rows = frame(24)
-        rows["prompt"] = "w1 w2 w3 w4 w5 w6 " + rows["prompt"]  # too long for the second run
         rows["example_id"] = [f"row {i}" for i in range(24)]
         write_parquet(root / "data/prepared/fact/train.parquet", rows)
         write_json(root / "data/prepared/fact/summary.json", {"data_hash": "x", "generated": True, "source": "here"})
