@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from molf import processes, sharding
+from molf.batches import SeededOrder
 from molf.config import Training, read_yaml
 from molf.errors import RunError, UserError
 from molf.estimate import Shape
@@ -158,6 +159,20 @@ def test_a_failure_of_one_ends_all_with_its_own_message(
 ) -> None:
     with pytest.raises(error, match=message):
         processes.launch("tests.group", [case, str(tmp_path)], 2, threads=1)
+
+
+def test_a_loss_of_no_number_in_one_process_stops_all_and_names_its_rows(
+    bases: dict[str, str], tmp_path: Path, path: None
+) -> None:
+    cell = {"name": "fft", "folder": "cell", "checkpoints": None, "stop": 0}
+    cells = [cell | {"budget": {"processes": 2, "sharding": "ddp"}}]
+    (tmp_path / "cells.json").write_text(json.dumps({"bases": bases, "cells": cells}))
+    # Steps of eight rows, of which the second process has the last four.
+    rows = ", ".join(map(str, SeededOrder(18, seed=3).indices(0)[12:16]))
+    with pytest.raises(
+        RunError, match=f"^step 2: loss nan, gradient norm nan; the step was not made. Its rows: {rows}. "
+    ):
+        processes.launch("tests.group", ["nan", str(tmp_path)], 2, threads=1)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
