@@ -215,8 +215,12 @@ def _leave_note(error: BaseException) -> None:
     folder = Path(os.environ[NOTES])
     own = folder / f"failure-{os.environ['RANK']}.json"
     own.write_text(json.dumps({"kind": kind, "problems": problems}), encoding="utf-8")
-    with contextlib.suppress(OSError):  # another one failed first
+    try:
         os.link(own, folder / FAILURE)
+    except FileExistsError:
+        pass  # another one failed first
+    except OSError:  # a file system without links
+        own.replace(folder / FAILURE)
 
 
 def _end_with_parent() -> None:
