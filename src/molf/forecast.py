@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -448,11 +447,8 @@ def probe(key: tuple[str, str, str], steps: int) -> Probe:
     with tempfile.TemporaryDirectory(prefix="molf-") as folder:
         file = Path(folder) / "probe.json"
         command = [sys.executable, "-m", "molf.probe", *key, str(steps), str(file)]
-        started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wall = time.perf_counter() - started
         if done.returncode:
             raise UserError(next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}"))
         told = json.loads(file.read_text(encoding="utf-8"))
-    per_step = told["seconds"] / steps
-    return Probe(told["tokens"] / told["seconds"], max(0.0, wall - (steps + 1) * per_step))
+    return Probe(told["tokens"] / told["seconds"], told["start"])
