@@ -281,7 +281,7 @@ class AdamW(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     own = torch.promote_types(parameter.dtype, torch.float32) if value.is_floating_point() else None
                     dtype = torch.float32 if name.endswith("_scale") else own or value.dtype
-                    self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
+                    self.state[parameter][name] = value.to(parameter.device, dtype)
 
 
 def evaluate(closure: Callable[[], float] | None) -> float | None:
