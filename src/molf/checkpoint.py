@@ -340,11 +340,6 @@ class Checkpoints:
             self._together(lambda: finish(files) if rank() == 0 else None)
         return path
 
-    def clear(self) -> None:
-        """Deletes all checkpoints, what was set aside too."""
-        if rank() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def _begin(self, temporary: Path) -> None:
         self._remove_leftovers()
         temporary.mkdir(parents=True)

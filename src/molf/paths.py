@@ -17,6 +17,8 @@ MODELS = Path("models")
 WEIGHTS = Path("weights")
 RESULTS = Path("results")
 REPORTS = Path("reports")
+SCRATCH = Path(".molf")  # of no stage: what DVC neither deletes nor keeps
+CHECKPOINTS = SCRATCH / "checkpoints"
 
 # The untrained model is scored like a method, so that every table has a zero row.
 BASE_METHOD = "base"

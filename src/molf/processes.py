@@ -16,12 +16,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from molf.errors import RunError, UserError
-
-if TYPE_CHECKING:
-    pass
 
 NOTES = "MOLF_NOTES"  # names, in a started process, the folder where the first that fails leaves its reason
 FAILURE = "failure.json"

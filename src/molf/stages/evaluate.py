@@ -6,7 +6,7 @@ import time
 
 from molf.config import fingerprint, load_params, untrained_fingerprint
 from molf.errors import main
-from molf.paths import BASE_METHOD, MODELS, PREPARED, Cell, read_json, write_json, write_parquet
+from molf.paths import BASE_METHOD, CHECKPOINTS, MODELS, PREPARED, Cell, read_json, write_json, write_parquet
 
 
 def run() -> None:
@@ -64,6 +64,8 @@ def run() -> None:
     tracking.log_evaluation(cell.results, params.tracking.experiment)
     if scratch is not None:
         shutil.rmtree(scratch)  # training.keep says that these weights go after their evaluation
+    # Not when the training ends: until DVC has its outputs, a kill would cost all of it.
+    shutil.rmtree(CHECKPOINTS / cell.name, ignore_errors=True)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items() if count)
     print(
         f"{cell.name}: {report['primary_name']} {report['primary']:.3f} on {report['n']} examples in {seconds:.0f} s"

@@ -4,14 +4,11 @@ import contextlib
 import shutil
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from molf.config import Params, Training, cell_config, fingerprint, load_params
 from molf.errors import main
-from molf.paths import MODELS, PREPARED, Cell, read_json, write_json, write_parquet
-
-SCRATCH = Path(".molf")
+from molf.paths import CHECKPOINTS, MODELS, PREPARED, SCRATCH, Cell, read_json, write_json, write_parquet
 
 
 def run() -> None:
@@ -56,7 +53,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     }
     keeper = resume.Keeper(
         checkpoint.Checkpoints(
-            SCRATCH / "checkpoints" / cell.name,
+            CHECKPOINTS / cell.name,
             resume.identity(config, data["data_hash"], model["hash"], code, machine.versions()),
             params.checkpoint.keep,
         ),
@@ -94,7 +91,6 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         write_json(results / "summary.json", summary)
         write_json(results / "run.json", record)
         live.finish(cell.results)
-        keeper.checkpoints.clear()
     print(
         f"{cell.name}: {summary['steps']} steps in {summary['train_seconds']:.0f} s, loss {summary['final_loss']:.3f}, "
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 1e9:.2f} GB"
