@@ -149,8 +149,8 @@ class MoLFAdamW(AdamW):
         return list(modules.values())
 
     def _params(self, expert: Expert) -> list[nn.Parameter]:
-        found: list[nn.Parameter] = self.param_groups[expert.group]["params"][expert.start :][: expert.count]
-        return found
+        params: list[nn.Parameter] = self.param_groups[expert.group]["params"]
+        return params[expert.start : expert.start + expert.count]
 
     def select(self, scores: Tensor) -> Tensor:
         """Which experts win: the `top_k` highest of each row, of equals the lower index.
