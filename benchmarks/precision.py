@@ -17,8 +17,7 @@ from benchmarks.measure import RESULTS, run_child
 
 # (training.dtype, training.moments); the first is what the others are held against.
 PRECISIONS = [("float32", "float32"), ("bfloat16", "float32"), ("float32", "8bit"), ("bfloat16", "8bit")]
-METHODS = ("fft", "molf")
-MORE = ("lora", "molf-e")
+METHODS = ("fft", "molf", "lora", "molf-e")
 HEADER = ("method", "weights", "moments", "peak memory", "weights + moments", "s a step", "final loss", "to float32")
 
 
@@ -57,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.parquet"
         rows.to_parquet(file)
-        for method in (*METHODS, *(MORE if options.all else ())):
+        for method in options.methods:
             for dtype, moments in [*PRECISIONS, *([("auto", "float32")] if device.cuda else [])]:
                 print(f"training {method}, {dtype} weights, {moments} moments ...", file=sys.stderr, flush=True)
                 command = [sys.executable, "-m", "benchmarks.precision", "--cell", method, dtype, moments]
@@ -168,7 +167,7 @@ def lines(cells: Sequence[dict[str, Any]]) -> str:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
-    parser.add_argument("--all", action="store_true", help=f"also {' and '.join(MORE)}")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2], help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's 3 epochs)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch finds)")
     parser.add_argument("--name", help="of the file (default: the hardware)")

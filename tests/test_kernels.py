@@ -105,6 +105,35 @@ def test_stochastic_rounding_is_right_in_the_mean_and_never_off_by_more_than_one
     assert torch.equal(kernels.round_stochastically(exact, 7).float(), exact)
 
 
+def test_what_is_no_number_stays_so_when_rounded() -> None:
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -0x400000, 0x7F800000, -0x800000], dtype=torch.int64)
+    x = bits.to(torch.int32).view(torch.float32).view(1, -1)
+    for seed in range(20):
+        rounded = kernels.round_stochastically(x, seed * 977).float()
+        assert rounded[0, :3].isnan().all() and torch.equal(rounded[0, 3:], x[0, 3:])
+
+
+@needs_compiler
+def test_what_is_no_number_stays_so_on_the_host() -> None:
+    weight = torch.ones(8, dtype=torch.bfloat16)
+    m = torch.tensor([float("nan")] * 4 + [float("inf")] * 2 + [0.0] * 2)
+    m.view(torch.int32)[0] = 0x7FFFFFFF
+    native.move(2, [weight], [m], [torch.ones(8)], [1.0], [1.0], [1.0], 1e-8, [3])
+    assert weight[:4].isnan().all() and weight[4:6].isinf().all() and (weight[6:] == 1).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@torch.no_grad()
+def test_a_process_without_a_row_of_a_parameter_has_a_sum_of_zero(backend: Any) -> None:
+    params = [nn.Parameter(torch.empty(0, 5)), nn.Parameter(torch.ones(2, 5))]
+    optimizer = AdamW(plain_param_groups(params, 1e-2, 0.1), backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    sums = optimizer._advance(params, optimizer.param_groups[0], "epd")
+    optimizer._move(params, [True, True], optimizer.param_groups[0])
+    assert sums[0] == 0 and sums[1] > 0
+
+
 def test_updates_below_a_bfloat16_step_add_up() -> None:
     """Rounding to the nearest would leave every weight where it is, however many steps are made."""
     p = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -156,6 +185,19 @@ def test_8_bit_codes_give_back_what_they_stand_for() -> None:
     assert (decoded == 0).float().mean() < 0.01
 
 
+def test_no_8_bit_step_is_out_of_all_proportion() -> None:
+    """A small gradient beside a large one: its first moment has a code where its second rounds to nothing."""
+    pytest.importorskip("torchao")
+    p = nn.Parameter(torch.zeros(16, 256))
+    optimizer = AdamW(plain_param_groups([p], 1e-3, 0.0), moments="8bit")
+    for _ in range(3):
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, 1e-4)
+        p.grad[:, 0] = 1.0
+        optimizer.step()
+        assert (p.detach() - before).abs().max() < 8e-3  # AdamW's own step is at most 1e-3
+
+
 def test_small_parameters_keep_float32_moments() -> None:
     pytest.importorskip("torchao")
     optimizer, params = stepped(torch.float32, "auto", steps=1, moments="8bit")
@@ -187,6 +229,13 @@ def test_without_a_compiler_it_runs_and_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     _, reference = stepped(torch.float32, "eager", steps=1)
     assert all(torch.equal(a, b) for a, b in zip(params, reference, strict=True))
+
+
+def test_a_library_is_loaded_from_a_folder_of_ones_own_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native._folder() == tmp_path / "molf"
+    (tmp_path / "molf").chmod(0o777)  # anyone could put a library there
+    assert native._folder() != tmp_path / "molf"
 
 
 def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -115,6 +115,28 @@ def test_gradients_deferred_and_never_derived_are_an_error() -> None:
         optimizer.step()
 
 
+def test_gradients_are_not_derived_from_ones_that_are_not_averaged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = disturbed(MoLFConfig(r=(2,)))
+    monkeypatch.setattr("molf.nn._of_many", lambda: True)
+    with pytest.raises(RuntimeError, match="defer_lora_gradients"):
+        net(X).sum().backward()
+    defer_lora_gradients(net)
+    net(X).sum().backward()
+
+
+def test_gradients_keep_their_parameters_dtype_under_autocast() -> None:
+    net = disturbed(MoLFConfig(r=(2,))).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(X.float()).float().sum().backward()
+    assert {p.grad.dtype for p in net.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_a_layer_stays_in_its_mode() -> None:
+    net = apply_molf(model().eval(), MoLFConfig(r=(2,), lora_dropout=0.5))
+    assert not any(module.training for module in net.modules())
+    assert not any(module.training for module in merge_molf(net).modules())
+
+
 def test_scaling_is_rank_stabilised_or_plain() -> None:
     assert MoLFConfig(r=(16,), lora_alpha=8).scaling(16) == 2.0
     assert MoLFConfig(r=(16,), lora_alpha=8, use_rslora=False).scaling(16) == 0.5
@@ -133,6 +155,7 @@ def test_a_frozen_base_leaves_only_the_experts_trained() -> None:
         ({"r": ()}, "r is"),
         ({"r": (0,)}, "r is"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"exclude_modules": "lm_head"}, "exclude_modules is 'lm_head'"),
         ({"forward": "sparse"}, "allowed: auto, effective, dense"),
         ({"forward": "effective", "lora_dropout": 0.1}, "needs train_base=True and lora_dropout=0"),
         ({"train_base": False}, "nothing to route"),

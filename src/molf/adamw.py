@@ -1,6 +1,6 @@
 """AdamW with moments of a precision of their own, and which code does its arithmetic.
 
-kernels.py in torch, kernels.cpp on the host (native.py), Triton on CUDA (kernels_cuda.py): the same numbers.
+kernels.py in torch, kernels.cpp on the host (native.py), Triton on CUDA (kernels_cuda.py): the same up to rounding.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -62,8 +62,9 @@ class AdamW(torch.optim.Optimizer):
         betas: Of the moments.
         eps: Added to the root of the second moment.
         moments: `float32` (float64 for float64 parameters) or `8bit`: codes in blocks of 256 that share a scale, for
-            parameters of at least 4,096 elements; needs torchao.
-        backend: `auto` takes kernels.cpp on the host where a compiler is; `eager` never does.
+            whole parameters of at least 4,096 elements, a multiple of 256; needs torchao.
+        backend: `auto` takes kernels.cpp on the host where a compiler is, Triton on CUDA where it is installed, and
+            compiles the arithmetic of 8-bit moments; `eager` takes kernels.py as it stands.
 
     Raises:
         ValueError: A value is out of range, or torchao is needed and lacks.
@@ -151,10 +152,10 @@ class AdamW(torch.optim.Optimizer):
             )
             for _, state in fused:
                 state["step"] += 1
-        for parameter, mine in zip(params, own, strict=True):
-            if mine:
-                self._advance([parameter], group, None)
-                self._move([parameter], [True], group)
+        ours = [p for p, mine in zip(params, own, strict=True) if mine]
+        if ours:
+            self._advance(ours, group, None)
+            self._move(ours, [True] * len(ours), group)
 
     def _advance(self, params: Sequence[Tensor], group: dict[str, Any], score: str | None) -> Tensor:
         """Moves the moments of parameters by their gradients.
@@ -168,8 +169,11 @@ class AdamW(torch.optim.Optimizer):
         if fused is not None:
             for parameter in params:
                 self._state(parameter)["step"] += 1
-            gradients = [local(p.grad).contiguous() for p in params]  # type: ignore[arg-type]  # none is None
             ms, vs = ([self._moment(p, name) for p in params] for name in ("exp_avg", "exp_avg_sq"))
+            gradients = [
+                local(p.grad).to(m.dtype).contiguous()  # type: ignore[arg-type, union-attr]  # values, and none is None
+                for p, m in zip(params, ms, strict=True)
+            ]
             return fused.advance(gradients, ms, vs, *constants)  # type: ignore[no-any-return]
         sums: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(params)
         together: dict[int, list[int]] = {}
@@ -185,12 +189,14 @@ class AdamW(torch.optim.Optimizer):
             books = self._books(parameter)
             parts: list[Tensor] = []
             for slab in kernels.slabs(weight, gradient, m, v):
-                for block in kernels.blocks(slab) if books is None else [slab]:
+                for block in self._blocks(slab, books):
                     assert block.gradient is not None
                     run = self._coded(kernels.advance, block) if books else kernels.advance
                     parts += run([block.gradient], [block.m], [block.v], *constants, books)
             if score is not None:
-                sums[index] = torch.cat(parts).double().sum()
+                # A process may hold no row of a sharded parameter.
+                zero = torch.zeros((), dtype=torch.float64, device=weight.device)
+                sums[index] = torch.cat(parts).double().sum() if parts else zero
         for kind, chosen in together.items():
             gradients = [local(params[i].grad) for i in chosen]  # type: ignore[arg-type]  # none is None
             ms, vs = ([self._moment(params[i], name) for i in chosen] for name in ("exp_avg", "exp_avg_sq"))
@@ -224,7 +230,7 @@ class AdamW(torch.optim.Optimizer):
             target = weight if weight.is_contiguous() else weight.contiguous()
             old = weight.clone() if wins is not None else weight
             for slab in kernels.slabs(target, None, m, v):
-                for block in kernels.blocks(slab) if books is None else [slab]:
+                for block in self._blocks(slab, books):
                     numbers: list[Any] = [keep, rate, root, seed + block.first]
                     run: Callable[..., Any] = kernels.move
                     if books:
@@ -257,12 +263,19 @@ class AdamW(torch.optim.Optimizer):
         from molf import kernels_cuda
 
         states = (self._state(p)["exp_avg"] for p in params)
-        served = all(kernels_cuda.serves(local(p), local(m)) for p, m in zip(params, states, strict=True))
+        served = all(
+            p.device == params[0].device and kernels_cuda.serves(local(p), local(m))
+            for p, m in zip(params, states, strict=True)
+        )
         return kernels_cuda if served else None
 
     def _native(self, weight: Tensor, moment: Moment) -> int | None:
         """kernels.cpp's number for a parameter that it serves, else None."""
         return native.kind(weight, moment) if self.backend == "auto" and isinstance(moment, Tensor) else None
+
+    def _blocks(self, slab: kernels.Slab, books: kernels.Codebooks | None) -> Iterable[kernels.Slab]:
+        """All of a slab at once where its arithmetic is compiled, which leaves no temporaries."""
+        return [slab] if books and self._coded(kernels.move, slab) is not kernels.move else kernels.blocks(slab)
 
     def _coded(self, function: Callable[..., Any], slab: kernels.Slab) -> Callable[..., Any]:
         """`function` for 8-bit moments: compiled where there is much to do, since it has many small operations."""

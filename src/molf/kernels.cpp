@@ -35,7 +35,9 @@ inline void store(bfloat16* at, float x, uint32_t noise) {
     noise ^= noise >> 15;
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    at->bits = static_cast<uint16_t>((bits + (noise & 0xFFFFu)) >> 16);
+    // Noise would carry some NaNs over to -0.
+    bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    at->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + (noise & 0xFFFFu)) >> 16);
 }
 
 // Where each chunk of a list of tensors lies.

@@ -16,6 +16,7 @@ from torch import Tensor
 COLUMNS = 4096
 # Rows that an eager operation takes at once on the host: what it leaves is in the cache when the next one needs it.
 BLOCK_ROWS = 8
+DEVICE_ROWS = 4096  # likewise on a device: 16 M elements
 # Elements that share one scale where moments are kept in 8 bits.
 CODES_PER_SCALE = 256
 
@@ -141,7 +142,8 @@ def round_stochastically(x: Tensor, seed: Number) -> Tensor:
     noise = ((noise ^ (noise >> 15)) * 0x735A2D97) & mask
     noise = noise ^ (noise >> 15)
     bits = x.contiguous().view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    rounded = (bits & -0x10000).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)  # noise would carry some NaNs over to -0
 
 
 def decode(moment: Moment, books: Codebooks | None, signed: bool) -> Tensor:
@@ -177,7 +179,10 @@ def codebooks(device: torch.device) -> Codebooks:
         from torchao.optim.quant_utils import create_dynamic_map
     except ImportError:
         raise ValueError("moments='8bit' needs torchao: pip install 'molf[eightbit]'") from None
-    return Codebooks(*(torch.tensor(create_dynamic_map(signed), device=device) for signed in (True, False)))
+    signed, unsigned = create_dynamic_map(signed=True), create_dynamic_map(signed=False)
+    # No second moment becomes 0: over a first moment that did not, it would make a step of m / eps.
+    unsigned[0] = unsigned[1] / 2
+    return Codebooks(torch.tensor(signed, device=device), torch.tensor(unsigned, device=device))
 
 
 def fits_codes(parameter: Tensor) -> bool:
@@ -210,13 +215,14 @@ def slabs(weight: Tensor, gradient: Tensor | None, m: Moment, v: Moment) -> list
 
 
 def blocks(slab: Slab) -> Iterator[Slab]:
-    """A slab's rows, a cacheful at a time on the host, all at once on a device."""
+    """A slab's rows, a cacheful at a time on the host, on a device so many that temporaries stay small."""
     rows = len(slab.weight)
-    if slab.weight.device.type != "cpu" or rows <= BLOCK_ROWS:
+    at_once = BLOCK_ROWS if slab.weight.device.type == "cpu" else DEVICE_ROWS
+    if rows <= at_once:
         yield slab
         return
-    for start in range(0, rows, BLOCK_ROWS):
-        cut = slice(start, start + BLOCK_ROWS)
+    for start in range(0, rows, at_once):
+        cut = slice(start, start + at_once)
 
         def of(moment: Moment, cut: slice = cut) -> Moment:
             return moment[cut] if isinstance(moment, Tensor) else (moment[0][cut], moment[1][cut])

@@ -4,6 +4,7 @@ A launch gets tables of addresses, so that the number of tensors costs nothing; 
 all. Nothing is read back to the host. Float32 only; the rest runs kernels.py.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -85,22 +86,23 @@ def advance(
         Each tensor's score sum, (tensors,) of float64, on their device. The order of its additions is fixed.
     """
     device = ms[0].device
-    chunks, width = _chunks(ms)
+    chunks, width = _chunks(tuple(m.numel() for m in ms), device)
     partial = torch.zeros(len(ms), width, device=device)
-    _advance[(len(chunks),)](
-        _table(device, gradients, ms, vs),
-        to_device(chunks, device),
-        partial,
-        len(ms),
-        width,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        SCORE=SCORES[score],
-        BLOCK=BLOCK,
-    )
-    return partial.double().sum(dim=1)
+    with torch.cuda.device_of(ms[0]):  # Triton launches on the current device
+        _advance[(len(chunks),)](
+            _table(device, gradients, ms, vs),
+            chunks,
+            partial,
+            len(ms),
+            width,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            SCORE=SCORES[score],
+            BLOCK=BLOCK,
+        )
+    return partial.sum(dim=1, dtype=torch.float64)
 
 
 def move(
@@ -115,10 +117,11 @@ def move(
 ) -> None:
     """As `kernels.move`, over any number of tensors, each with its own numbers, where `wins` (tensors,) holds."""
     device = ms[0].device
-    chunks, _ = _chunks(ms)
+    chunks, _ = _chunks(tuple(m.numel() for m in ms), device)
     numbers = to_device(torch.tensor([keeps, rates, roots], dtype=torch.float32), device)
     table = _table(device, weights, ms, vs)
-    _move[(len(chunks),)](table, numbers, to_device(chunks, device), wins.to(torch.int32), len(ms), eps, BLOCK=BLOCK)
+    with torch.cuda.device_of(ms[0]):
+        _move[(len(chunks),)](table, numbers, chunks, wins.to(torch.int32), len(ms), eps, BLOCK=BLOCK)
 
 
 def _table(device: torch.device, *lists: Sequence[Tensor]) -> Tensor:
@@ -127,10 +130,11 @@ def _table(device: torch.device, *lists: Sequence[Tensor]) -> Tensor:
     return to_device(torch.tensor([*addresses, sizes], dtype=torch.int64), device)
 
 
-def _chunks(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """(programs, 2) of tensor and first element, and the most programs that a tensor has."""
-    counts = torch.tensor([-(-tensor.numel() // BLOCK) for tensor in tensors])
-    owner = torch.repeat_interleave(torch.arange(len(tensors)), counts)
+@functools.lru_cache(maxsize=8)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """(programs, 2) of tensor and first element, on the device, and the most programs that a tensor has."""
+    counts = torch.tensor([-(-size // BLOCK) for size in sizes])
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     before = counts.cumsum(0) - counts
     start = (torch.arange(len(owner)) - before[owner]) * BLOCK
-    return torch.stack([owner, start], dim=1).contiguous(), int(counts.max())
+    return to_device(torch.stack([owner, start], dim=1).contiguous(), device), int(counts.max())

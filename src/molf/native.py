@@ -3,6 +3,7 @@
 Without a compiler `library` is None and the optimizer runs kernels.py as it stands: the same numbers, slower.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -53,7 +54,7 @@ def advance(
     sums = torch.empty(len(gradients), dtype=torch.float64)
     _library().molf_advance(
         kind,
-        len(gradients),
+        ctypes.c_int64(len(gradients)),
         _sizes(ms),
         _addresses(gradients),
         _addresses(ms),
@@ -84,7 +85,7 @@ def move(
     numbers = ctypes.c_double * count
     _library().molf_move(
         kind,
-        count,
+        ctypes.c_int64(count),
         _sizes(ms),
         _addresses(weights),
         _addresses(ms),
@@ -107,7 +108,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         line = next(iter(said.strip().splitlines()), "")[:200]
         warnings.warn(f"{compiler} does not compile {SOURCE.name} ({line}): the optimizer runs slower", stacklevel=2)
@@ -125,16 +126,37 @@ def _built(compiler: str) -> Path:
     source = SOURCE.read_bytes()
     parts = [source, " ".join(FLAGS).encode(), compiler.encode(), platform.machine().encode(), _processor()]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molf"
-    path = folder / f"kernels-{name}.so"
+    path = _folder() / f"kernels-{name}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            try:
+                _compile(compiler, FLAGS, made)
+            except subprocess.CalledProcessError:
+                # Apple's clang has no OpenMP: then one thread does all.
+                _compile(compiler, [flag for flag in FLAGS if flag != "-fopenmp"], made)
             os.replace(made, path)  # whole or not at all, however many processes do this at once
     return path
+
+
+def _compile(compiler: str, flags: Sequence[str], into: Path) -> None:
+    command = [compiler, *flags, "-o", str(into), str(SOURCE)]
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+
+
+def _folder() -> Path:
+    """Where the library is kept: only in a folder that nobody else can write to, since it is loaded as code."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molf"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # no home, or a read-only one
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="molf-"))  # of this process alone
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _processor() -> bytes:

@@ -45,6 +45,8 @@ class MoLFConfig:
             problems.append(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
         if self.target_modules != "all-linear" and not isinstance(self.target_modules, tuple):
             problems.append(f"target_modules is {self.target_modules!r}; 'all-linear' or a tuple of names is expected")
+        if not isinstance(self.exclude_modules, tuple):
+            problems.append(f"exclude_modules is {self.exclude_modules!r}; a tuple of names is expected")
         if self.forward not in ("auto", "effective", "dense"):
             problems.append(f"forward is {self.forward!r}; allowed: auto, effective, dense")
         if self.forward == "effective" and not (self.train_base and self.lora_dropout == 0):
@@ -93,6 +95,7 @@ class MoLFLinear(nn.Module):
         self.train_base = config.train_base
         self.is_effective = config.effective
         self.deferred = False
+        self.train(linear.training)
         self.register_buffer("effective", torch.tensor(int(config.effective), dtype=torch.uint8))
         if self.is_effective:
             self.weight.requires_grad_(True)  # a hook is refused on a weight that is still frozen
@@ -131,10 +134,11 @@ class MoLFLinear(nn.Module):
         if self.weight.grad is None or not self.is_effective:
             return
         g = local(self.weight.grad)
-        for s, a, b in zip(self.scaling, self.lora_A, self.lora_B, strict=True):
-            b.grad = like_shard(torch.mm(g, whole(a).T).mul_(s), b)
-            # Over the rows that this process holds; summed over the others'.
-            a.grad = like_shard(torch.mm(local(b).T, g).mul_(s), a, summed=True)
+        with torch.autocast(g.device.type, enabled=False):  # a gradient is of its parameter's dtype
+            for s, a, b in zip(self.scaling, self.lora_A, self.lora_B, strict=True):
+                b.grad = like_shard(torch.mm(g, whole(a).T).mul_(s), b)
+                # Over the rows that this process holds; summed over the others'.
+                a.grad = like_shard(torch.mm(local(b).T, g).mul_(s), a, summed=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's weight is another parameter, and torch copies no hooks."""
@@ -143,8 +147,15 @@ class MoLFLinear(nn.Module):
             self.weight.register_post_accumulate_grad_hook(self._after_backward)
 
     def _after_backward(self, _: Tensor) -> None:
-        if not self.deferred:
-            self.derive_gradients()
+        if self.deferred:
+            return
+        if _of_many() and not hasattr(self.weight, "placements"):
+            raise RuntimeError(
+                "several processes train this model, and the experts' gradients would be derived before the weights' "
+                "are averaged: call defer_lora_gradients(model) once, and derive_lora_gradients(model) after the last "
+                "backward of each step, before clipping"
+            )
+        self.derive_gradients()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Loads weights of either forward: those of the other are converted."""
@@ -170,7 +181,8 @@ def apply_molf(model: AnyModule, config: MoLFConfig) -> AnyModule:
     """Replaces a model's target linears by `MoLFLinear`, in place; step 0 is the model as it was.
 
     Args:
-        model: Any module with `nn.Linear` layers, `torch.compile`d or not; before it is sharded over processes.
+        model: Any module with `nn.Linear` layers, `torch.compile`d or not; before it is sharded over processes, each of
+            which must draw the same experts (`torch.manual_seed`).
         config: Targets and experts. With `train_base=False` every parameter but the experts' is frozen.
 
     Returns:
@@ -201,11 +213,11 @@ def apply_molf(model: AnyModule, config: MoLFConfig) -> AnyModule:
     if config.effective:
         # DistributedDataParallel's own name for it. It would wait for gradients that no backward makes: these are
         # derived from the weights', after their reduction (`defer_lora_gradients`).
+        derived = {id(p) for _, module in molf_modules(model) for p in [*module.lora_A, *module.lora_B]}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in derived]
+        # It goes by a compiled model's own names, whether the model is compiled before or after this.
         model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-            f"{name}.{own}"
-            for name, module in molf_modules(model)
-            for own, _ in module.named_parameters()
-            if own.startswith("lora_")
+            prefix + name for prefix in ("", "_orig_mod.") for name in names
         ]
     return model
 
@@ -220,6 +232,7 @@ def merge_molf(model: AnyModule) -> AnyModule:
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(module.effective_weight(), requires_grad=module.weight.requires_grad)
         linear.bias = module.bias
+        linear.train(module.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     return model
@@ -375,9 +388,9 @@ def _targets(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Linear]:
         )
     if unfit:
         raise ValueError(
-            f"only a plain nn.Linear with a floating-point weight can get experts, but these match: "
-            f"{', '.join(unfit[:5])}; load the model without quantization, call apply_molf before other adapters and "
-            "before sharding, or add them to exclude_modules"
+            "only a plain nn.Linear with a floating-point weight can get experts, but these match: "
+            f"{', '.join(unfit[:5])}; load the model without quantization or a device map, call apply_molf before "
+            "other adapters and before sharding, or add them to exclude_modules"
         )
     if not found:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -389,14 +402,23 @@ def _plain(linear: nn.Linear) -> bool:
     """Whether all that the layer does is x W^T + b with a W that can be trained.
 
     Quantized layers are subclasses with a forward of their own (bitsandbytes, FP8), or hide packed numbers in a
-    tensor subclass that calls itself bfloat16 (torchao).
+    tensor subclass that calls itself bfloat16 (torchao). Layers that are moved about at each call have a forward or
+    hooks of their own (accelerate's device maps), which a new layer would lose.
     """
+    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
     trainable = linear.weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return type(linear).forward is nn.Linear.forward and type(linear.weight) is nn.Parameter and trainable
 
 
 def _described(linear: nn.Linear) -> str:
     return f"{type(linear).__name__}, weight {type(linear.weight).__name__} of {linear.weight.dtype}"
+
+
+def _of_many() -> bool:
+    """Whether this process trains together with others."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _shared_weights(model: nn.Module) -> set[str]:

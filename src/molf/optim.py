@@ -3,7 +3,7 @@
 The arithmetic is adamw.py's; here is who owns which parameter, who wins, and what that does to an effective weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from molf import kernels
 from molf.adamw import AdamW, Precision, evaluate, plain_param_groups
 from molf.nn import expert_names, local, molf_modules, other_parameters, whole
-
-PRODUCT_ROWS = 256  # of a bfloat16 weight that are widened at once
 
 
 class Routing(NamedTuple):
@@ -81,9 +79,11 @@ def molf_param_groups(
             group["params"] += params
             group["modules"] += [name] * len(params)
             group["decayed"] += [p.ndim >= 2 for p in params]
-        group |= {"lr": lr, "weight_decay": weight_decay} if expert == "full" else {}
-        group |= {} if expert == "full" else {"lr": lora_lr, "weight_decay": lora_weight_decay}
-        group["scaling"] = {name: module.scaling[index - module.train_base] for name, module in modules}
+        if expert == "full":
+            group |= {"lr": lr, "weight_decay": weight_decay}
+        else:
+            group |= {"lr": lora_lr, "weight_decay": lora_weight_decay}
+            group["scaling"] = {name: module.scaling[index - module.train_base] for name, module in modules}
         group["effective"] = [name for name, module in modules if module.is_effective]
         groups.append(group)
     return groups + plain_param_groups(other_parameters(model), lr, weight_decay)
@@ -128,6 +128,9 @@ class MoLFAdamW(AdamW):
         if score not in ("epd", "pfn"):
             raise ValueError(f"score is {score!r}; allowed: epd, pfn")
         super().__init__(groups, betas, eps, moments, backend, top_k=top_k, score=score)
+        own = {(group["betas"], group["eps"]) for group in self.param_groups if group["kind"] == "expert"}
+        if len(own) > 1:
+            raise ValueError(f"the experts' groups differ in betas or eps: {sorted(own)}; they share one score")
         self.last_routing: Routing | None = None
         self._modules = self._layout()
 
@@ -221,7 +224,7 @@ class MoLFAdamW(AdamW):
         parts = self._advance(params, groups[0], groups[0]["score"])
         sums = torch.zeros(len(experts), dtype=torch.float64, device=parts.device)
         sums.index_add_(0, kernels.to_device(torch.tensor(owners), parts.device), parts)
-        _sum_over_shards(params[0], sums)
+        _sum_over_shards(params, sums)
         mean = (sums / kernels.to_device(torch.tensor(sizes), parts.device)).view(len(self._modules), -1)
         if groups[0]["score"] == "pfn":
             return mean.sqrt()
@@ -240,9 +243,9 @@ class MoLFAdamW(AdamW):
             self._move(params, expert.decayed, group)
             # Decay acts on W = W_eff - sum s B A, so what it took from the experts' part is given back.
             rate = float(group["lr"]) * group["weight_decay"]
-            for scale, other in zip(module.scaling, module.experts[1:], strict=True) if rate else ():
+            for i, (scale, other) in enumerate(zip(module.scaling, module.experts[1:], strict=True) if rate else ()):
                 a, b = self._params(other)
-                _add_product(local(full), local(b), whole(a), rate * scale, self._seed(full) + 1)
+                _add_product(local(full), local(b), whole(a), rate * scale, self._seed(full) + 1 + 2 * i)
             return
         a, b = params
         old_a, old_b = whole(a).clone(), local(b).clone()
@@ -250,10 +253,12 @@ class MoLFAdamW(AdamW):
         # s (B'A' - BA) as one product, so that the weight is rounded once.
         change = torch.cat([local(b), -old_b], dim=1)
         scale = module.scaling[index - 1]
-        _add_product(local(full), change, torch.cat([whole(a), old_a]), scale, self._seed(full) + 1 + index)
+        _add_product(local(full), change, torch.cat([whole(a), old_a]), scale, self._seed(full) + 2 * index)
 
     def _move_masked(self, winners: Tensor) -> None:
         """As `_move_expert` for all winners, which only the device knows: losers' changes are masked to nothing.
+
+        A LoRA winner's old part leaves the effective weight before its new one enters, one rounding more than there.
 
         Args:
             winners: (modules, experts), bool, on a device.
@@ -264,7 +269,7 @@ class MoLFAdamW(AdamW):
         for row, module in effective:
             base = self.param_groups[module.experts[0].group]
             rate = float(base["lr"]) * base["weight_decay"]
-            gates = winners[row].to(local(self._params(module.experts[0])[0]).dtype)
+            gates = _gates(winners[row], self._params(module.experts[0])[0])
             # What decay took from the experts' part is given back; a winner's own part makes room for its new one.
             self._add_experts(module, rate * gates[0] - gates[1:], 1)
         self._move_where(
@@ -276,7 +281,7 @@ class MoLFAdamW(AdamW):
             ]
         )
         for row, module in effective:
-            gates = winners[row].to(local(self._params(module.experts[0])[0]).dtype)
+            gates = _gates(winners[row], self._params(module.experts[0])[0])
             self._add_experts(module, gates[1:], 2)
 
     def _move_where(self, chosen: list[tuple[Expert, Tensor]]) -> None:
@@ -302,9 +307,11 @@ class MoLFAdamW(AdamW):
     def _add_experts(self, module: Module, factors: Tensor, salt: int) -> None:
         """W_eff <- W_eff + sum_i factor_i s_i B_i A_i, factors (LoRA experts,) on the device."""
         full = self._params(module.experts[0])[0]
-        for scale, factor, expert in zip(module.scaling, factors.unbind(), module.experts[1:], strict=True):
+        pairs = zip(module.scaling, factors.unbind(), module.experts[1:], strict=True)
+        for index, (scale, factor, expert) in enumerate(pairs):
             a, b = self._params(expert)
-            _add_product(local(full), local(b) * factor, whole(a), scale, self._seed(full) + salt)
+            left = local(b).to(factor.dtype) * factor
+            _add_product(local(full), left, whole(a), scale, self._seed(full) + salt + 2 * index)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores moments in the precision they were saved in: torch would cast them to the parameters' dtype.
@@ -329,6 +336,11 @@ class MoLFAdamW(AdamW):
                 group["effective"] = own["effective"]
 
 
+def _gates(winners: Tensor, weight: Tensor) -> Tensor:
+    """A module's winners as factors, (experts,): float32 at least, since 1 - eta lambda is 1 in bfloat16."""
+    return winners.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, seed: int) -> None:
     """weight <- weight + scale left right; bfloat16 is added up in float32 and rounded stochastically.
 
@@ -342,14 +354,23 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, seed
     if weight.dtype != torch.bfloat16:
         weight.addmm_(left, right, alpha=scale)
         return
-    for start in range(0, len(weight), PRODUCT_ROWS):
-        rows = slice(start, start + PRODUCT_ROWS)
-        total = torch.addmm(weight[rows].float(), left[rows].float(), right.float(), alpha=scale)
+    widened = 1 << (18 if weight.device.type == "cpu" else 24)  # elements that are float32 at once
+    right, at_once = right.float(), max(1, widened // weight.shape[1])
+    for start in range(0, len(weight), at_once):
+        rows = slice(start, start + at_once)
+        total = torch.addmm(weight[rows].float(), left[rows].float(), right, alpha=scale)
         weight[rows] = kernels.round_stochastically(total, seed + start * weight.shape[1])
 
 
-def _sum_over_shards(parameter: Tensor, sums: Tensor) -> None:
-    """Adds up, over the processes that hold a parameter's shards, what each summed over its own."""
+def _sum_over_shards(parameters: Sequence[Tensor], sums: Tensor) -> None:
+    """Adds up, over the processes that hold the parameters' shards, what each summed over its own.
+
+    Raises:
+        ValueError: They are not all cut alike.
+    """
+    if len({(id(getattr(p, "device_mesh", None)), getattr(p, "placements", ())) for p in parameters}) > 1:
+        raise ValueError("some of the experts are sharded and others not, or otherwise: shard all layers in one way")
+    parameter = parameters[0]
     mesh = getattr(parameter, "device_mesh", None)
     for dim, placement in enumerate(getattr(parameter, "placements", ())):
         if mesh is not None and placement.is_shard():
