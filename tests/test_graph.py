@@ -78,5 +78,8 @@ def test_the_code_hash_changes_with_a_file_of_the_closure_only(package: Path) ->
     (package / "sub" / "c.py").write_text("import csv\n")
     changed = code_hash("pkg.a", package)
     assert changed != before
+    for leftover in ("b.py~", "b.py.orig", "b.swp", "b.cpp.bak"):
+        (package / leftover).write_text("an editor's\n")
+    assert code_hash("pkg.a", package) == changed
     (package / "b.cpp").write_text("// what b compiles\n")
     assert code_hash("pkg.a", package) != changed

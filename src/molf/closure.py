@@ -15,6 +15,10 @@ VIEWS = frozenset(
 )
 
 
+# Beside a module: what it compiles or fills in. Nothing else counts, such as what an editor leaves there.
+BESIDE = (".cpp", ".html")
+
+
 def closure(module: str, package: Path = PACKAGE) -> set[str]:
     """Names of all modules of the package that `module` imports, at the top or inside functions, itself included.
 
@@ -43,7 +47,8 @@ def code_hash(module: str, package: Path = PACKAGE) -> str:
 def files(module: str, package: Path = PACKAGE) -> list[Path]:
     """A module's file and those of the same stem beside it: what it compiles or fills in."""
     path = module_path(module, package)
-    return [path, *sorted(other for other in path.parent.glob(f"{path.stem}.*") if other.suffix != ".py")]
+    beside = (path.with_suffix(suffix) for suffix in BESIDE)
+    return [path, *(other for other in beside if other.is_file())]
 
 
 def module_path(name: str, package: Path = PACKAGE) -> Path:
