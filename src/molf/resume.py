@@ -313,7 +313,7 @@ class Keeper(TrainerCallback):
         return f"after step {state.global_step} of {state.max_steps}; `dvc repro` or `molf run` goes on {begin}"
 
     def _opened(self) -> TensorFiles:
-        assert self._files is not None, "find() comes first"
+        assert self._files is not None, "_find() comes first"
         return self._files
 
     def _wait(self) -> None:
