@@ -1,6 +1,7 @@
 """`python -m tests.group CASE FOLDER`: two processes of one group, for test_processes.py. It is not a test."""
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -37,6 +38,14 @@ def work(case: str, folder: Path) -> None:
             if rank() == 1:
                 training.completion_loss = lambda *given: honest(*given) * (math.nan if next(calls) == 1 else 1)
             run_cells(folder)
+        case "talk":
+            from molf.collective import agreed, gathered
+
+            own = {"rank": rank(), "text": "ä" * (3 * rank()), "pair": (1, None), "nan": math.nan}
+            said = [gathered(own), gathered([]), agreed(lambda: {"path": "x", "rank": rank()})]
+            (folder / f"said-{rank()}.json").write_text(json.dumps(said))
+            pid = os.getppid()
+            (folder / f"open-{rank()}.json").write_text(json.dumps([*listening(pid), *listening(os.getpid())]))
         case "wait":
             (folder / f"{rank()}.pid").write_text(str(os.getpid()))
             time.sleep(600)
@@ -51,6 +60,14 @@ def work(case: str, folder: Path) -> None:
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
     barrier()  # where the one that failed never comes
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses on which a process listens, as /proc/net/tcp and tcp6 write them."""
+    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Several processes do what one does, and end together."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molf import processes, sharding
+from molf import collective, processes, sharding
 from molf.batches import SeededOrder
 from molf.config import Training, read_yaml
 from molf.errors import RunError, UserError
@@ -143,6 +144,34 @@ def require_close(one: Path, two: Path) -> None:
 @pytest.fixture
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_what_processes_tell_each_other_is_plain_data_and_stays_on_this_machine(tmp_path: Path, path: None) -> None:
+    processes.launch("tests.group", ["talk", str(tmp_path)], 2, threads=1)
+    for rank in (0, 1):
+        everyones, empty, first = json.loads((tmp_path / f"said-{rank}.json").read_text())
+        assert [value["text"] for value in everyones] == ["", "äää"]
+        assert [(value["rank"], value["pair"]) for value in everyones] == [(0, [1, None]), (1, [1, None])]
+        assert all(math.isnan(value["nan"]) for value in everyones)
+        assert (empty, first) == ([[], []], {"path": "x", "rank": 0})
+        if sys.platform == "linux":
+            addresses = json.loads((tmp_path / f"open-{rank}.json").read_text())
+            assert addresses and set(addresses) == {"0100007F"}  # 127.0.0.1
+
+
+def test_one_process_is_told_what_several_would_be() -> None:
+    assert collective.gathered({"pair": (1, 2)}) == [{"pair": [1, 2]}]
+    assert collective.agreed(lambda: (1, None)) == [1, None]
+    for exchange in (collective.gathered, lambda value: collective.agreed(lambda: value)):
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            exchange(Path("x"))
+
+
+def test_no_source_unpickles() -> None:
+    """torch's exchange of objects unpickles what arrives on a socket."""
+    words = re.compile(r"\w+_object(_list)?\(|torch\.load\(|\bpickle\.|import pickle")
+    for path in (ROOT / "src").rglob("*.py"):
+        assert not words.search(path.read_text()), path
 
 
 @pytest.mark.parametrize(

@@ -245,16 +245,16 @@ class Checkpoints:
         was set aside at an earlier start is deleted then, so that no disk fills with it.
         """
         found = agreed(self._find)
-        return None if found is None else Checkpoint(*found)
+        return None if found is None else Checkpoint(self.folder / found[0], found[1])
 
-    def _find(self) -> tuple[Path, dict[str, Any]] | None:
+    def _find(self) -> tuple[str, dict[str, Any]] | None:
         self._remove_leftovers()
         refused = []
         found = None
         for path in reversed(self._all()):
             state, problem = self._judge(path)
             if not problem:
-                found = path, state
+                found = path.name, state
                 break
             refused.append((path, problem))
         if refused:

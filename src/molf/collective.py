@@ -1,12 +1,16 @@
-"""What processes that train together tell each other; a process on its own needs no process group for it."""
+"""What processes that train together tell each other; a process on its own needs no process group for it.
 
+Values travel as JSON, since what torch offers for objects unpickles whatever arrives. They come back as JSON has them,
+tuples as lists, of one process alone too.
+"""
+
+import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-T = TypeVar("T")
+from torch import Tensor
 
 
 def world_size() -> int:
@@ -25,22 +29,35 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gathered(value: T) -> list[T]:
-    """Every process's value, by rank; a few kilobytes of plain data, no tensors."""
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, by rank; a few kilobytes of plain data, no tensors.
+
+    Raises:
+        TypeError: The value is not plain data.
+    """
+    mine = _encoded(value)
     if world_size() == 1:
-        return [value]
-    values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+        return [_decoded(mine)]
+    lengths = [torch.zeros_like(_length(mine)) for _ in range(world_size())]
+    dist.all_gather(lengths, _length(mine))
+    longest = max(map(int, lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=mine.device)
+    padded[: len(mine)] = mine
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    return [_decoded(text[: int(length)]) for text, length in zip(texts, lengths, strict=True)]
 
 
-def agreed(work: Callable[[], T]) -> T:
-    """What `work` returned in the first process, which alone runs it, in all."""
-    if world_size() == 1:
-        return work()
-    values = [work() if rank() == 0 else None]
-    dist.broadcast_object_list(values)
-    return values[0]  # type: ignore[return-value]
+def agreed(work: Callable[[], Any]) -> Any:
+    """What `work` returned in the first process, which alone runs it, in all; plain data likewise."""
+    text = _encoded(work() if rank() == 0 else None)
+    if world_size() > 1:
+        length = _length(text)
+        dist.broadcast(length, 0)
+        if rank() > 0:
+            text = torch.empty(int(length), dtype=torch.uint8, device=length.device)
+        dist.broadcast(text, 0)
+    return _decoded(text)
 
 
 def anyone(flags: int) -> int:
@@ -56,6 +73,23 @@ def total(number: int) -> int:
 def _reduced(number: int, operation: Any) -> int:
     if world_size() == 1:
         return number
-    tensor = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    tensor = torch.tensor(number, device=_device())
     dist.all_reduce(tensor, operation)
     return int(tensor)
+
+
+def _encoded(value: Any) -> Tensor:
+    """JSON as bytes, where the process group can send them from."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+
+
+def _decoded(text: Tensor) -> Any:
+    return json.loads(text.cpu().numpy().tobytes())
+
+
+def _length(text: Tensor) -> Tensor:
+    return torch.tensor(len(text), device=text.device)
+
+
+def _device() -> str:
+    return "cuda" if world_size() > 1 and dist.get_backend() == "nccl" else "cpu"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,8 +58,11 @@ def launch(module: str, arguments: Sequence[str], processes: int, threads: int |
             f"training.processes: {processes}, but there are {torch.cuda.device_count()} GPUs here, and each process "
             f"needs one; lower it to {torch.cuda.device_count()}, or choose GPUs with CUDA_VISIBLE_DEVICES"
         )
-    # Its port is the system's choice, taken before any of them looks for it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Its port is the system's choice, taken before any of them looks for it. Of a socket of its own the store would
+    # take all interfaces, whatever host it is told.
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
     shared = {
         "WORLD_SIZE": processes,
         "LOCAL_WORLD_SIZE": processes,
@@ -67,6 +71,8 @@ def launch(module: str, arguments: Sequence[str], processes: int, threads: int |
         "TORCHELASTIC_USE_AGENT_STORE": True,  # torch's own name for "the store is there already"
         "OMP_NUM_THREADS": threads or max(1, _cores() // processes),
     }
+    if sys.platform == "linux":  # gloo would listen where the machine's name leads
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory(prefix="molf-") as folder, contextlib.ExitStack() as stack:
         notes = Path(folder)
         children: list[subprocess.Popen[bytes]] = []
