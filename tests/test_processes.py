@@ -180,6 +180,12 @@ def test_no_source_unpickles() -> None:
         ("user", UserError, "^first problem\nsecond problem$"),
         ("run", RunError, "^the loss is no number$"),
         ("defect", RunError, r"process 1:\nTraceback [\s\S]*ValueError: a defect of ours$"),
+        ("aborted-run", RunError, "^the loss is no number$"),
+        (
+            "aborted-defect",
+            RunError,
+            r"^process 0 of 2 was ended by SIGABRT\nprocess 1:\n[\s\S]*ValueError: a defect of ours$",
+        ),
         ("killed", RunError, "process 1 of 2 was ended by SIGKILL, maybe for want of memory"),
     ],
 )

@@ -130,26 +130,33 @@ def _watch(children: "list[subprocess.Popen[bytes]]", notes: Path) -> None:
 
 
 def _raise_failure(children: "list[subprocess.Popen[bytes]]", notes: Path, asked: list[int]) -> None:
+    """Raises what ended the group, if it failed.
+
+    A reason that was understood comes first: NCCL's watchdog aborts the others then. A defect comes after a signal: of
+    one that was killed the others say only that they lost it. Beside an abort it may be the reason, and is shown.
+    """
+    path = notes / FAILURE
+    failure = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": None, "problems": []}
+    match failure["kind"]:
+        case "UserError":
+            raise UserError(failure["problems"])
+        case "KeyboardInterrupt":
+            raise KeyboardInterrupt(*failure["problems"])
+        case "RunError":
+            raise RunError("\n".join(failure["problems"]))
     for number, child in enumerate(children):
         if child.poll() is not None and -child.returncode in asked:
             raise KeyboardInterrupt
         if child.returncode is not None and child.returncode < 0:
-            # What the others say then is only that they lost it.
             name = signal.Signals(-child.returncode).name
             raise RunError(
                 f"process {number} of {len(children)} was ended by {name}"
                 + (", maybe for want of memory: lower training.batch_size" if name == "SIGKILL" else "")
+                + "".join(f"\n{line}" for line in failure["problems"] if name == "SIGABRT")
                 + _tail(notes, number)
             )
-    if (notes / FAILURE).exists():
-        failure = json.loads((notes / FAILURE).read_text(encoding="utf-8"))
-        match failure["kind"]:
-            case "UserError":
-                raise UserError(failure["problems"])
-            case "KeyboardInterrupt":
-                raise KeyboardInterrupt(*failure["problems"])
-            case _:
-                raise RunError("\n".join(failure["problems"]))
+    if failure["problems"]:
+        raise RunError("\n".join(failure["problems"]))
     for number, child in enumerate(children):
         if child.poll() != 0:
             how = "did not end" if child.returncode is None else f"ended with exit code {child.returncode}"
