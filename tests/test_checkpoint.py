@@ -139,12 +139,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     found = checkpoints.latest()
     assert found is not None and found.step == 4
     assert names(tmp_path) == ["set-aside", "step-00000004"]
-    assert names(tmp_path / "set-aside") == ["step-00000009"]
+    damaged = tmp_path / "set-aside/damaged"
+    assert names(damaged) == ["step-00000009"]
     said = capsys.readouterr().err
-    assert "step-00000009 is not used" in said and "damaged" in said and str(tmp_path / "set-aside") in said
+    assert "step-00000009 is not used" in said and "damaged" in said
+    assert f"kept in {damaged} until this cell has been evaluated" in said
     DAMAGES[damage](found.path)
     assert checkpoints.latest() is None  # and training begins anew
-    assert names(tmp_path / "set-aside") == ["step-00000004"]  # what an earlier start set aside has gone
+    assert names(damaged) == ["step-00000009"]  # of damaged ones the newest stays
+    assert f"removed, since a newer one is kept in {damaged}" in capsys.readouterr().err
+    assert names(tmp_path) == ["set-aside"]
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_says_what_differs(
@@ -156,10 +160,46 @@ def test_a_checkpoint_of_another_training_is_refused_and_says_what_differs(
     assert other.latest() is None
     said = capsys.readouterr().err
     assert "another training (method.learning_rate: 0.1 there, 0.2 here; data: d0 there, d1 here)" in said
-    assert names(tmp_path / "set-aside") == ["step-00000004", "step-00000006"]
-    assert store(tmp_path).latest() is None
+    [aside] = (tmp_path / "set-aside").iterdir()
+    assert names(aside) == ["step-00000006"]  # the newest alone
+    assert "step-00000004 is not used: it is of another training" in said
+    assert f"removed, since a newer one is kept in {aside} until this cell has been evaluated" in said
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
     assert differences({"a": {"b": 1}}, {"a": {"c": 1}}) == ["a.b: 1 there, None here", "a.c: None there, 1 here"]
+
+
+def test_a_configuration_that_comes_back_finds_its_training_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is trained to step 6, another to step 4, a third to step 6 as well; then each is asked for again."""
+    steps = {"d0": [4, 6], "d1": [4], "d2": [6]}
+    for data, of in steps.items():
+        assert store(tmp_path, data=data).latest() is None
+        for step in of:
+            save(store(tmp_path, data=data), step)
+    for data in ("d1", "d0", "d0", "d2", "d1"):
+        capsys.readouterr()
+        found = store(tmp_path, data=data).latest()
+        assert found is not None and found.step == steps[data][-1] and found.state["identity"]["data"] == data
+        assert found.tensors().read("w").tolist() == [float(found.step)] * 3
+        assert names(tmp_path) == ["set-aside", found.path.name]
+    said = capsys.readouterr().err
+    assert "data: d2 there, d1 here" in said and "step-00000004 is of this training: it is taken back" in said
+    # It goes on, and is found further on the next time.
+    save(store(tmp_path, data="d1"), 9)
+    assert store(tmp_path, data="d0").latest() is not None
+    found = store(tmp_path, data="d1").latest()
+    assert found is not None and found.step == 9
+    assert len(list(tmp_path.glob("set-aside/*/step-*"))) == 2
+
+
+def test_a_damaged_one_that_was_set_aside_is_not_taken_back(tmp_path: Path) -> None:
+    save(store(tmp_path), 4)
+    assert store(tmp_path, data="d1").latest() is None
+    [path] = tmp_path.glob("set-aside/*/step-00000004")
+    flip(path / "rank-0.safetensors")
+    assert store(tmp_path).latest() is None
+    assert [path.parent.name for path in tmp_path.glob("set-aside/*/step-*")] == ["damaged"]
 
 
 def test_what_a_torn_write_left_is_removed_and_never_read(tmp_path: Path) -> None:
@@ -169,9 +209,10 @@ def test_what_a_torn_write_left_is_removed_and_never_read(tmp_path: Path) -> Non
     for path in good.iterdir():
         (torn / path.name).write_bytes(path.read_bytes())
     (tmp_path / ".step-00000001.old").mkdir()
+    (tmp_path / "set-aside/x/.step-00000001.old").mkdir(parents=True)
     found = store(tmp_path).latest()
     assert found is not None and found.step == 4
-    assert names(tmp_path) == ["step-00000004"]
+    assert names(tmp_path) == ["set-aside", "step-00000004"] and not list(tmp_path.glob("set-aside/x/.*"))
 
 
 @pytest.mark.parametrize("call", range(1, 6))

@@ -241,36 +241,52 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest good checkpoint of this training, or None.
 
-        Newer ones that are damaged or belong to another training go into the folder `set-aside`, with a message. What
-        was set aside at an earlier start is deleted then, so that no disk fills with it.
+        Newer ones that are damaged or belong to another training go into the folder `set-aside`, with a message. There
+        the newest of each training stays, and comes back when that training is asked for again.
         """
         found = agreed(self._find)
         return None if found is None else Checkpoint(self.folder / found[0], found[1])
 
     def _find(self) -> tuple[str, dict[str, Any]] | None:
         self._remove_leftovers()
-        refused = []
-        found = None
-        for path in reversed(self._all()):
-            state, problem = self._judge(path)
-            if not problem:
-                found = path.name, state
-                break
-            refused.append((path, problem))
-        if refused:
-            aside = self.folder / "set-aside"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            for path, problem in refused:
-                os.rename(path, aside / path.name)
-                print(
-                    f"checkpoint {path} is not used: {problem}; set aside in {aside} until this training has ended",
-                    file=sys.stderr,
-                )
+        found = self._newest(self._all(self.folder))
+        own = self._aside(self.identity)
+        before = self._newest(self._all(own))
+        if before is not None and (found is None or before[0] > found[0]):
+            os.rename(own / before[0], self.folder / before[0])
+            print(f"checkpoint {own / before[0]} is of this training: it is taken back", file=sys.stderr)
+            found = before
         return found
 
+    def _newest(self, paths: Sequence[Path]) -> tuple[str, dict[str, Any]] | None:
+        """Name and state of the last that is good; those after it are set aside."""
+        for path in reversed(paths):
+            state, problem = self._judge(path)
+            if not problem:
+                return path.name, state
+            folder = self._aside(state.get("identity"))
+            newer = [other.name for other in self._all(folder) if other.name > path.name]
+            fate = "removed, since a newer one is kept" if newer else "kept"
+            print(
+                f"checkpoint {path} is not used: {problem}; {fate} in {folder} until this cell has been evaluated",
+                file=sys.stderr,
+            )
+            if newer:
+                self._remove(path)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            self._remove(folder / path.name)
+            os.rename(path, folder / path.name)
+            for older in self._all(folder)[:-1]:
+                self._remove(older)
+        return None
+
+    def _aside(self, identity: Mapping[str, Any] | None) -> Path:
+        """Where the checkpoint of another training stays, or a damaged one (None)."""
+        return self.folder / "set-aside" / ("damaged" if identity is None else _digest(identity)[:16])
+
     def _judge(self, path: Path) -> tuple[dict[str, Any], str]:
-        """The state of a checkpoint, and what is wrong with it ('' if nothing is)."""
+        """The state of a checkpoint ({} if it is damaged), and what is wrong with it ('' if nothing is)."""
         try:
             state = json.loads((path / STATE).read_bytes())
             if state.pop("sha256") != _digest(state):
@@ -331,7 +347,7 @@ class Checkpoints:
             self._remove(path)  # of the same step: a damaged one would have been set aside, but who knows
             os.rename(temporary, path)
             _sync_folder(self.folder)
-            for older in self._all()[: -self.keep]:
+            for older in self._all(self.folder)[: -self.keep]:
                 self._remove(older)
 
         with self._all_or_nothing(temporary):
@@ -368,9 +384,10 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _all(self) -> list[Path]:
-        """Folders of the checkpoints, by step."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+    @staticmethod
+    def _all(folder: Path) -> list[Path]:
+        """Checkpoints of a folder, by step."""
+        return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
     def _remove(self, path: Path) -> None:
         """Renames before it deletes, so that no half of a checkpoint ever bears its name."""
@@ -382,7 +399,7 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """What a torn write or a torn deletion left."""
-        for path in self.folder.glob(".step-*"):
+        for path in (*self.folder.glob(".step-*"), *self.folder.glob("set-aside/*/.step-*")):
             shutil.rmtree(path, ignore_errors=True)
 
 
