@@ -16,7 +16,7 @@ from molf.config import ModelBlock, Params, check_params, read_yaml
 from molf.errors import UserError
 from molf.methods import keeps_weights
 from molf.models import INFO, describe, find_weights, folder_hash, load_model, load_tokenizer
-from molf.paths import read_json, write_json
+from molf.paths import Cell, read_json, remove_leftovers, write_json
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c" * 40
@@ -173,15 +173,47 @@ def test_what_stays_is_what_keep_says(keep: str, kind: str, stays: bool) -> None
 def test_weights_that_went_are_missed_with_a_way_out(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
-    assert find_weights(kept) == (kept, None)
+    assert find_weights(kept) == kept
     elsewhere = tmp_path / "scratch"
     elsewhere.mkdir()
     (elsewhere / "w").write_text("1")
     write_json(kept / "not_kept.json", {"path": str(elsewhere), "hash": folder_hash(elsewhere)})
-    assert find_weights(kept) == (elsewhere, elsewhere)
+    assert find_weights(kept) == elsewhere
     (elsewhere / "w").write_text("2")
     with pytest.raises(UserError, match="these weights were not kept"):
         find_weights(kept)
+
+
+def test_what_an_evaluated_cell_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    began, later = "2026-01-02T03:04:05+00:00", "2026-01-02T03:05:05+00:00"
+    # name of a method: its run.json and its metrics.json, as far as they say which training they are of
+    cells: dict[str, tuple[Any, Any]] = {
+        "evaluated": (("f", began), ("f", began)),
+        "another": (("f", began), ("f", began)),
+        "trained": (("f", began), None),
+        "changed": (("g", later), ("f", began)),
+        "forced": (("f", later), ("f", began)),
+        "training": (None, ("f", began)),
+        "never-trained": (None, None),
+    }
+    folders = ("checkpoints", "weights", "trainer")
+    for method, (run, metrics) in cells.items():
+        results = tmp_path / Cell("tiny", "fact", method, 0).results
+        if run:
+            write_json(results / "train/run.json", dict(zip(("fingerprint", "started"), run, strict=True)))
+        if metrics:
+            of = dict(zip(("train_fingerprint", "train_started"), metrics, strict=True))
+            write_json(results / "evaluation/metrics.json", of)
+        for folder in folders:
+            write_json(tmp_path / ".molf" / folder / "tiny/fact" / method / "seed-0/x/y.json", {})
+
+    def left(folder: str) -> set[str]:
+        return {path.parts[-4] for path in (tmp_path / ".molf" / folder).glob("*/*/*/*/x/y.json")}
+
+    remove_leftovers(but=Cell("tiny", "fact", "another", 0), root=tmp_path)
+    assert all(left(folder) == set(cells) - {"evaluated"} for folder in folders)
+    remove_leftovers(root=tmp_path)
+    assert all(left(folder) == set(cells) - {"evaluated", "another"} for folder in folders)
 
 
 def test_no_bar_of_a_library_is_drawn_where_nobody_watches() -> None:

@@ -160,15 +160,15 @@ def folder_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def find_weights(directory: Path) -> tuple[Path, Path | None]:
-    """Where a cell's weights lie: (their folder, the folder to delete after the evaluation or None).
+def find_weights(directory: Path) -> Path:
+    """The folder where a cell's weights lie: its own, or another if they are not kept.
 
     Raises:
         UserError: They were not kept and are gone, or are of another training.
     """
     note = directory / ELSEWHERE
     if not note.is_file():
-        return directory, None
+        return directory
     kept = read_json(note)
     path = Path(kept["path"])
     if not path.is_dir() or folder_hash(path) != kept["hash"]:
@@ -176,7 +176,7 @@ def find_weights(directory: Path) -> tuple[Path, Path | None]:
             f"{directory}: these weights were not kept (training.keep); "
             "train the cell again with `dvc repro -f -s train@...`, or set training.keep to all"
         )
-    return path, path
+    return path
 
 
 def to_device(model: "PreTrainedModel", threads: int | None) -> None:

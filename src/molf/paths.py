@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ RESULTS = Path("results")
 REPORTS = Path("reports")
 SCRATCH = Path(".molf")  # of no stage: what DVC neither deletes nor keeps
 CHECKPOINTS = SCRATCH / "checkpoints"
+TRAINER = SCRATCH / "trainer"
+UNKEPT = SCRATCH / WEIGHTS  # weights that `training.keep` does not let stay
 
 # The untrained model is scored like a method, so that every table has a zero row.
 BASE_METHOD = "base"
@@ -55,6 +58,30 @@ class Cell:
         """
         model, task, method, seed = name.split("/")
         return cls(model, task, method, int(seed.removeprefix("seed-")))
+
+
+def remove_leftovers(but: Cell | None = None, root: Path = Path()) -> None:
+    """Removes checkpoints, and weights that are not kept, of cells that have been evaluated.
+
+    Not at the end of the evaluation itself: until DVC has its outputs, a kill would cost the training.
+
+    Args:
+        but: Keeps all of its own.
+        root: Project folder.
+    """
+    for path in (root / RESULTS).glob("*/*/*/*/train/run.json"):
+        cell = path.parents[1].relative_to(root / RESULTS)
+        if but is not None and str(cell) == but.name:
+            continue
+        try:
+            run, metrics = read_json(path), read_json(root / RESULTS / cell / "evaluation/metrics.json")
+        except FileNotFoundError:  # not evaluated, or DVC removes it at this moment
+            continue
+        # The same training done once more has the same fingerprint, but began at another time.
+        evaluated = metrics["train_fingerprint"], metrics.get("train_started")
+        if evaluated == (run["fingerprint"], run["started"]):
+            for folder in (UNKEPT, CHECKPOINTS, TRAINER):
+                shutil.rmtree(root / folder / cell, ignore_errors=True)
 
 
 def own_tools() -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from molf.config import load_params
 from molf.errors import main
-from molf.paths import REPORTS, atomic, write_json
+from molf.paths import REPORTS, atomic, remove_leftovers, write_json
 
 
 def run() -> None:
@@ -23,6 +23,7 @@ def run() -> None:
     atomic(REPORTS / "comparison.csv", lambda path: comparison.flat(result).to_csv(path, index=False))
     write_text(REPORTS / "report.html", text)
     tracking.log_comparison(REPORTS, params.tracking.experiment)
+    remove_leftovers()
     print(page.terminal_table(result))
 
 

@@ -6,13 +6,14 @@ import time
 
 from molf.config import fingerprint, load_params, untrained_fingerprint
 from molf.errors import main
-from molf.paths import BASE_METHOD, CHECKPOINTS, MODELS, PREPARED, Cell, read_json, write_json, write_parquet
+from molf.paths import BASE_METHOD, MODELS, PREPARED, Cell, read_json, remove_leftovers, write_json, write_parquet
 
 
 def run() -> None:
     model, task, method, seed = [*sys.argv[1:], BASE_METHOD, "0"][:4]
     cell = Cell(model, task, method, int(seed))
     params = load_params()
+    remove_leftovers(but=cell)
 
     import pandas as pd
 
@@ -25,13 +26,14 @@ def run() -> None:
     base, budget = MODELS / cell.model, params.training_for(cell.task)
     block = params.tasks[cell.task]
     data = read_json(PREPARED / cell.task / "summary.json")
-    scratch = None
+    began = None
     if cell.method == BASE_METHOD:
         trained = untrained_fingerprint(models.describe(base)["hash"])
         network = models.load_model(base, models.weight_dtype(budget.dtype))
     else:
-        trained = read_json(cell.results / "train" / "run.json")["fingerprint"]
-        weights, scratch = models.find_weights(cell.weights)
+        training = read_json(cell.results / "train" / "run.json")
+        trained, began = training["fingerprint"], training["started"]
+        weights = models.find_weights(cell.weights)
         network = METHODS[params.methods[cell.method].kind].load(base, weights, models.weight_dtype(budget.dtype))
     lm = LanguageModel(network, models.load_tokenizer(base), params.evaluation.batch_size, progress=sys.stderr.isatty())
     models.to_device(network, budget.threads)
@@ -46,6 +48,7 @@ def run() -> None:
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "fingerprint": fingerprint(trained, data["data_hash"], evaluation, code),
         "train_fingerprint": trained,
+        "train_started": began,
         "data_hash": data["data_hash"],
         "task_kind": block.kind,
         "evaluation": evaluation,
@@ -62,10 +65,6 @@ def run() -> None:
     write_parquet(directory / "predictions.parquet", predictions)
     write_json(directory / "metrics.json", report)
     tracking.log_evaluation(cell.results, params.tracking.experiment)
-    if scratch is not None:
-        shutil.rmtree(scratch)  # training.keep says that these weights go after their evaluation
-    # Not when the training ends: until DVC has its outputs, a kill would cost all of it.
-    shutil.rmtree(CHECKPOINTS / cell.name, ignore_errors=True)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items() if count)
     print(
         f"{cell.name}: {report['primary_name']} {report['primary']:.3f} on {report['n']} examples in {seconds:.0f} s"

@@ -8,7 +8,7 @@ from typing import Any
 
 from molf.config import Params, Training, cell_config, fingerprint, load_params
 from molf.errors import main
-from molf.paths import CHECKPOINTS, MODELS, PREPARED, SCRATCH, Cell, read_json, write_json, write_parquet
+from molf.paths import CHECKPOINTS, MODELS, PREPARED, TRAINER, UNKEPT, Cell, read_json, write_json, write_parquet
 
 
 def run() -> None:
@@ -63,7 +63,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     first = collective.rank() == 0
     results, weights = cell.results / "train", cell.weights
     kept = methods.keeps_weights(budget.keep, params.methods[cell.method].kind)
-    target = weights if kept else SCRATCH / weights
+    target = weights if kept else UNKEPT / cell.name
     for directory in (results, weights, target) if first else ():
         shutil.rmtree(directory, ignore_errors=True)
     block = params.methods[cell.method]
@@ -76,7 +76,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
             training=budget,
             seed=cell.seed,
             weights=target,
-            scratch=SCRATCH / "trainer" / cell.name,
+            scratch=TRAINER / cell.name,
             listener=live,
             keeper=keeper,
         )
