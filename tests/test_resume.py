@@ -97,17 +97,19 @@ def run(job: Job, listener: Any = None) -> Outcome:
     params = check_params(data, "test")
     config = {"method": block, "training": data["training"]}
     checkpoints = Checkpoints(job.checkpoints, identity(config, "data", "model", "code", {}), keep=1)
-    return train(
-        job.base,
-        frame().assign(example_id=[f"row-{i}" for i in range(24)]),
-        params.methods[job.method],
-        params.training,
-        3,
-        job.weights,
-        job.folder / "scratch",
-        listener or Ear(job.folder / "heard"),
-        Keeper(checkpoints, job.every, None),
-    )
+    keeper = Keeper(checkpoints, job.every, None)
+    with keeper.explaining():
+        return train(
+            job.base,
+            frame().assign(example_id=[f"row-{i}" for i in range(24)]),
+            params.methods[job.method],
+            params.training,
+            3,
+            job.weights,
+            job.folder / "scratch",
+            listener or Ear(job.folder / "heard"),
+            keeper,
+        )
 
 
 def child(job: Job) -> None:
@@ -307,6 +309,25 @@ def test_a_training_stopped_in_its_last_step_has_nothing_left_to_do(heard: int, 
     pd.testing.assert_frame_equal(stopped.routing, whole.routing)
     assert stopped.summary["order_hash"] == whole.summary["order_hash"]
     assert folder_hash(job.weights) == folder_hash(once.weights)
+
+
+@pytest.mark.parametrize(
+    ("every", "begin"), [(4, "from {}/step-00000008"), (None, "from the start, since there is no")]
+)
+def test_ctrl_c_after_the_last_step_says_how_to_go_on(
+    every: int | None, begin: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(base, tmp_path / "cell", "lora", every=every, steps=10)
+    job.folder.mkdir()
+
+    def stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("molf.methods.lora.save", stop)
+        with pytest.raises(Interrupted, match="^after step 10 of 10; .* goes on " + begin.format(job.checkpoints)):
+            run(job)
+    assert run(job).summary["resumed_at_steps"] == ([8] if every else [])
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

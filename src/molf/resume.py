@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -223,6 +223,22 @@ class Keeper(TrainerCallback):
         if self.stopped:
             raise Interrupted(self._how_to_go_on())
 
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Says how to go on when an interrupt comes after the last step, while the results are made and written.
+
+        Raises:
+            Interrupted: In place of a bare `KeyboardInterrupt` once the training has begun.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            if self._trainer is None:
+                raise
+            raise Interrupted(self._how_to_go_on()) from None
+
     def _find(self) -> str | None:
         """The folder that `Trainer.train` resumes from, or None."""
         self._found = self.checkpoints.latest()
@@ -309,7 +325,7 @@ class Keeper(TrainerCallback):
 
     def _how_to_go_on(self) -> str:
         state = self._trainer.state
-        begin = f"from {self._written}" if self._written else "from the start, since no checkpoint could be written"
+        begin = f"from {self._written}" if self._written else "from the start, since there is no checkpoint"
         return f"after step {state.global_step} of {state.max_steps}; `dvc repro` or `molf run` goes on {begin}"
 
     def _opened(self) -> TensorFiles:

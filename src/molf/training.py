@@ -273,7 +273,7 @@ def train(
     Raises:
         UserError: No example fits in `max_length`.
         RunError: The loss or the gradients are not finite, or routing did not happen as claimed.
-        Interrupted: After SIGINT or SIGTERM, with a checkpoint.
+        Interrupted: After SIGINT or SIGTERM in its steps, with a checkpoint.
     """
     if training.processes != collective.world_size():
         raise RuntimeError(f"training.processes is {training.processes}; {collective.world_size()} are here")

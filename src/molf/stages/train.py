@@ -68,7 +68,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     block = params.methods[cell.method]
     live_run = tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext()
-    with live_run as live, memory.explained(base, block, budget):
+    with live_run as live, keeper.explaining(), memory.explained(base, block, budget):
         outcome = training.train(
             base=base,
             examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["example_id", "prompt", "completion"]),
