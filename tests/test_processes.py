@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molf import collective, processes, sharding
+from molf import collective, machine, processes, sharding
 from molf.batches import SeededOrder
 from molf.config import Training, read_yaml
 from molf.errors import RunError, UserError
@@ -265,12 +265,15 @@ def test_the_stage_trains_with_two_processes_stops_and_goes_on(tied_base: Path, 
     said = stage.run(1, interrupt=True, max_length=32, epochs=20)
     assert re.search(r"interrupted: after step \d+ of 60; .* goes on from ", said)
     assert "Traceback" not in said
-    said = stage.run(0, max_length=32, epochs=20, sharding="fsdp")
+    said = stage.run(0, max_length=32, epochs=20, sharding="fsdp", threads=2)
     train = tmp_path / "results/tiny/fact/molf/seed-0/train"
     summary, run = (json.loads((train / name).read_text()) for name in ("summary.json", "run.json"))
     assert (summary["processes"], summary["sharding"], summary["steps"]) == (2, "fsdp", 60)
     assert f"resumed after step {summary['resumed_at_steps'][0]} " in said
-    assert (run["hardware"]["threads"], run["hardware"]["processes"]) == (1, 2)
+    assert (run["hardware"]["threads"], run["hardware"]["processes"]) == (2, 2)
+    # It began with one thread in each, so that its cost is neither's.
+    assert run["hardware"]["fingerprint"] not in {machine.hardware(n, 2)["fingerprint"] for n in (1, 2)}
+    assert any(warning.startswith("time and memory are of 2 machines") for warning in summary["warnings"])
     assert summary["peak_memory_bytes"] < summary["peak_memory_bytes_of_all"] <= 2 * summary["peak_memory_bytes"]
     assert weights(tmp_path / "weights/tiny/fact/molf/seed-0")
 

@@ -56,6 +56,7 @@ class Job:
     accumulation: int = 1
     every: int | None = 3  # steps between checkpoints
     steps: int = 30
+    hardware: str = "a"
     slow: bool = False  # whether its disk is, so that a write can be met in its middle
 
     @property
@@ -97,7 +98,7 @@ def run(job: Job, listener: Any = None) -> Outcome:
     params = check_params(data, "test")
     config = {"method": block, "training": data["training"]}
     checkpoints = Checkpoints(job.checkpoints, identity(config, "data", "model", "code", {}), keep=1)
-    keeper = Keeper(checkpoints, job.every, None)
+    keeper = Keeper(checkpoints, job.every, None, job.hardware)
     with keeper.explaining():
         return train(
             job.base,
@@ -328,6 +329,21 @@ def test_ctrl_c_after_the_last_step_says_how_to_go_on(
         with pytest.raises(Interrupted, match="^after step 10 of 10; .* goes on " + begin.format(job.checkpoints)):
             run(job)
     assert run(job).summary["resumed_at_steps"] == ([8] if every else [])
+
+
+def test_every_machine_that_a_training_ran_on_is_kept(base: Path, tmp_path: Path) -> None:
+    job = Job(base, tmp_path / "cell", "lora", every=None, steps=9)
+    job.folder.mkdir()
+    for number, hardware in enumerate("aab", start=1):
+        with pytest.raises(Interrupted):
+            run(replace(job, hardware=hardware), Stopper(2 * number))
+        [state] = job.checkpoints.glob("step-*/state.json")
+        assert json.loads(state.read_text())["hardware"] == sorted(set("aab"[:number]))
+    [warning] = run(job).summary["warnings"]
+    assert warning.startswith("time and memory are of 2 machines")
+    once = replace(job, folder=tmp_path / "once")
+    once.folder.mkdir()
+    assert run(once).summary["warnings"] == []
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

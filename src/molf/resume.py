@@ -190,10 +190,14 @@ class Keeper(TrainerCallback):
         checkpoints: Where they are.
         steps: Optimizer steps between two; None: no such limit.
         minutes: Minutes between two; None: no such limit.
+        hardware: Fingerprint of what this process trains on.
     """
 
-    def __init__(self, checkpoints: Checkpoints, steps: int | None, minutes: float | None) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, steps: int | None, minutes: float | None, hardware: str = "unknown"
+    ) -> None:
         self.checkpoints, self.steps, self.minutes = checkpoints, steps, minutes
+        self.hardware = [hardware]  # on which the training ran, one after the other
         self.wish = Wish()
         self.resumed_at: list[int] = []
         self.stopped = False
@@ -246,6 +250,7 @@ class Keeper(TrainerCallback):
             return None
         self._files, self._written = self._found.tensors(), self._found.path
         self.resumed_at = [*self._found.state["resumed_at"], self._found.step]
+        self.hardware = list(dict.fromkeys([*self._found.state["hardware"], *self.hardware]))
         if rank() == 0:
             print(f"resumed after step {self._found.step} from {self._found.path}", file=sys.stderr)
         return str(self._found.path)
@@ -283,6 +288,7 @@ class Keeper(TrainerCallback):
             "scheduler": split(trainer.lr_scheduler.state_dict(), "scheduler", tensors),
             "parts": {name: split(p.state_dict(), f"parts.{name}", tensors) for name, p in self._parts.items()},
             "resumed_at": self.resumed_at,
+            "hardware": self.hardware,
         }
         step = trainer.state.global_step
         try:

@@ -394,7 +394,7 @@ def train(
         "order_hash": order.digest(math.ceil(trainer.state.epoch or 0)),
         "resumed_at_steps": keeper.resumed_at if keeper else [],
         "routing": routed,
-        "warnings": _warnings(routed, examples),
+        "warnings": _warnings(routed, examples, len(keeper.hardware) if keeper else 1),
     }
     return Outcome(history, record, summary)
 
@@ -431,11 +431,16 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _warnings(routing: dict[str, Any] | None, examples: Examples) -> list[str]:
+def _warnings(routing: dict[str, Any] | None, examples: Examples, machines: int) -> list[str]:
     warnings = []
     if routing is not None and routing["one_sided"]:
         winner = max(routing["share"], key=routing["share"].get)
         warnings.append(f"one-sided routing: {winner} won every module in every step, so nothing was mixed")
     if examples.dropped_too_long:
         warnings.append(f"{examples.dropped_too_long} examples were longer than training.max_length and left out")
+    if machines > 1:
+        warnings.append(
+            f"time and memory are of {machines} machines, or numbers of processes or threads, one after the other: "
+            "they compare with no other cell's"
+        )
     return warnings

@@ -59,6 +59,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         ),
         params.checkpoint.steps,
         params.checkpoint.minutes,
+        record["hardware"]["fingerprint"],
     )
     first = collective.rank() == 0
     results, weights = cell.results / "train", cell.weights
@@ -84,6 +85,8 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
             return
         if not kept:
             write_json(weights / models.ELSEWHERE, {"path": str(target), "hash": models.folder_hash(target)})
+        if len(keeper.hardware) > 1:  # whose cost is like no other cell's
+            record["hardware"]["fingerprint"] = fingerprint(record["fingerprint"], keeper.hardware)
         summary = {"cell": cell.name, "fingerprint": record["fingerprint"], **outcome.summary}
         write_parquet(results / "history.parquet", outcome.history)
         if outcome.routing is not None:
