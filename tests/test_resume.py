@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ import pandas as pd
 import pytest
 import torch
 
-from molf import checkpoint
+from molf import checkpoint, machine
 from molf.batches import SeededOrder
 from molf.checkpoint import Checkpoints, part
 from molf.config import check_params, read_yaml
 from molf.errors import Interrupted, RunError
-from molf.models import folder_hash
+from molf.models import autocast, folder_hash
 from molf.optim import AdamW
 from molf.resume import (
     Keeper,
@@ -97,7 +98,7 @@ def run(job: Job, listener: Any = None) -> Outcome:
         block["lora_dropout"] = job.dropout
     params = check_params(data, "test")
     config = {"method": block, "training": data["training"]}
-    checkpoints = Checkpoints(job.checkpoints, identity(config, "data", "model", "code", {}), keep=1)
+    checkpoints = Checkpoints(job.checkpoints, identity(config, "data", "model", "code", {}, autocast=False), keep=1)
     keeper = Keeper(checkpoints, job.every, None, job.hardware)
     with keeper.explaining():
         return train(
@@ -398,14 +399,44 @@ def test_a_full_disk_costs_a_checkpoint_and_no_training(
 
 def test_what_does_not_determine_a_training_is_not_in_its_identity() -> None:
     budget = {"epochs": 1, "threads": 2, "processes": 2, "sharding": "ddp", "keep": "all"}
-    one = identity({"method": {}, "training": budget, "seed": 0}, "d", "m", "c", {"torch": "2"})
-    other = identity(
-        {"method": {}, "training": budget | {"threads": 1, "processes": 1, "keep": "none"}, "seed": 0},
-        *("d", "m", "c", {"torch": "2"}),
-    )
-    assert one == other
+    rest: tuple[Any, ...] = ("d", "m", "c", {"torch": "2"}, False)
+    one = identity({"method": {}, "training": budget, "seed": 0}, *rest)
+    changed = budget | {"threads": 1, "processes": 1, "sharding": "fsdp", "keep": "none"}
+    assert one == identity({"method": {}, "training": changed, "seed": 0}, *rest)
     assert one["training"] == {"epochs": 1}
-    assert identity({"method": {}, "training": {"epochs": 2}}, "d", "m", "c", {})["training"] == {"epochs": 2}
+    assert identity({"method": {}, "training": {"epochs": 2}}, *rest)["training"] == {"epochs": 2}
+
+
+def test_a_training_begun_in_bfloat16_on_a_gpu_does_not_go_on_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def store(dtype: str, cuda: bool) -> Checkpoints:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        computes = autocast(dtype)
+        monkeypatch.undo()
+        config = {"training": {"dtype": dtype}}
+        return Checkpoints(tmp_path / dtype, identity(config, "d", "m", "c", {}, computes), keep=1)
+
+    for dtype in ("auto", "float32"):
+        store(dtype, cuda=True).save(1, {}, {}, {}, {})
+        found = store(dtype, cuda=False).latest()
+        assert (found is None) == (dtype == "auto")
+    assert "another training (autocast: True there, False here)" in capsys.readouterr().err
+
+
+def test_torchao_is_a_version_of_8_bit_trainings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name == "torchao" and name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed.get(name, "1")
+
+    monkeypatch.setattr(metadata, "version", version)
+    plain, eight = machine.versions(), machine.versions("8bit")
+    assert "torchao" not in plain and eight == plain | {"torchao": None}
+    installed["torchao"] = "0.18"
+    assert machine.versions() == plain and machine.versions("8bit") == plain | {"torchao": "0.18"}
 
 
 def test_plain_data_and_tensors_come_back_as_they_were() -> None:

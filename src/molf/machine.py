@@ -12,9 +12,19 @@ from typing import Any
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "molf")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape a training."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
+def versions(moments: str = "float32") -> dict[str, str | None]:
+    """Versions of Python and of the libraries that shape a training; None: not installed.
+
+    Args:
+        moments: `training.moments`; 8-bit ones are torchao's, of which no other training depends.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in LIBRARIES}
+    if moments == "8bit":
+        found["torchao"] = None
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found["torchao"] = metadata.version("torchao")
+    return found
 
 
 def hardware(threads: int | None, processes: int = 1) -> dict[str, Any]:

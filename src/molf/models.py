@@ -149,6 +149,13 @@ def weight_dtype(dtype: str) -> "torch.dtype":
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
+def autocast(dtype: str) -> bool:
+    """Whether a training of that `training.dtype` computes in bfloat16 here, its weights in float32."""
+    import torch
+
+    return dtype == "auto" and torch.cuda.is_available()
+
+
 def parameter_counts(model: "torch.nn.Module") -> tuple[int, int]:
     """(trained parameters, all parameters); tied weights count once."""
     parameters = list(model.parameters())

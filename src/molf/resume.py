@@ -29,7 +29,7 @@ NOT_OF_THE_TRAINING = ("threads", "processes", "sharding", "keep")
 
 
 def identity(
-    config: Mapping[str, Any], data: str, model: str, code: str, versions: Mapping[str, str]
+    config: Mapping[str, Any], data: str, model: str, code: str, versions: Mapping[str, str | None], autocast: bool
 ) -> dict[str, Any]:
     """All that determines a training, as plain data.
 
@@ -39,9 +39,11 @@ def identity(
         model: Hash of the base model.
         code: Hash of the train stage's modules.
         versions: Of the libraries.
+        autocast: What `training.dtype` means here: whether the training computes in bfloat16 on float32 weights.
     """
     budget = {key: value for key, value in config["training"].items() if key not in NOT_OF_THE_TRAINING}
-    return {**config, "training": budget, "data": data, "model": model, "code": code, "versions": dict(versions)}
+    inputs = {"data": data, "model": model, "code": code, "versions": dict(versions), "autocast": autocast}
+    return {**config, "training": budget, **inputs}
 
 
 class Stateful(Protocol):

@@ -16,7 +16,7 @@ from molf import estimate
 from molf.collective import agreed, gathered, rank, world_size
 from molf.config import MethodBlock, Training
 from molf.errors import RunError
-from molf.models import load_model, weight_dtype
+from molf.models import autocast, load_model, weight_dtype
 
 if TYPE_CHECKING:
     from accelerate import FullyShardedDataParallelPlugin
@@ -78,7 +78,7 @@ def plugin(training: Training) -> "FullyShardedDataParallelPlugin":
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = None
-    if torch.cuda.is_available() and training.dtype == "auto":
+    if autocast(training.dtype):
         # Weights are gathered in bfloat16, where autocast alone would gather float32 and keep a cast copy of every one
         # until the backward; shards stay float32, and gradients are summed in float32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -30,7 +30,7 @@ from molf.config import MethodBlock, Training
 from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
 from molf.methods import METHODS
-from molf.models import folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
+from molf.models import autocast, folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
 from molf.resume import Keeper, ResumableTrainer
 from molf.routing import RoutingError, RoutingRecorder
 
@@ -305,7 +305,7 @@ def train(
         lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
         warmup_steps=warmup_steps(training, len(examples)),
         max_grad_norm=training.max_grad_norm,
-        bf16=cuda and training.dtype == "auto",
+        bf16=autocast(training.dtype),
         use_cpu=not cuda,
         seed=seed,
         data_seed=seed,

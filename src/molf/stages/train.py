@@ -38,15 +38,16 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     data = read_json(prepared / "summary.json")
     config = cell_config(params, cell)
     model, code = models.describe(base), closure.code_hash("molf.stages.train")
+    versions = machine.versions(budget.moments)
     record: dict[str, Any] = {
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
-        "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, machine.versions()),
+        "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, versions),
         "config": config,
         "data": {"hash": data["data_hash"], "generated": data["generated"], "source": data["source"]},
         "model": model,
         "code": code,
         "git_commit": machine.git_commit(),
-        "versions": machine.versions(),
+        "versions": versions,
         "hardware": machine.hardware(budget.threads, budget.processes),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "generated_data": data["generated"],
@@ -54,7 +55,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     keeper = resume.Keeper(
         checkpoint.Checkpoints(
             CHECKPOINTS / cell.name,
-            resume.identity(config, data["data_hash"], model["hash"], code, machine.versions()),
+            resume.identity(config, data["data_hash"], model["hash"], code, versions, models.autocast(budget.dtype)),
             params.checkpoint.keep,
         ),
         params.checkpoint.steps,
