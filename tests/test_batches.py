@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from molf.batches import Collator, SeededBatches, SeededOrder, encode_examples
+from molf.batches import Collator, SeededBatches, SeededOrder, encode_examples, total_steps
 from molf.config import Training, check_params, read_yaml
 from molf.encoding import IGNORED, left_pad
 from molf.errors import UserError
@@ -72,6 +72,13 @@ def test_a_step_sees_the_same_examples_whatever_the_number_of_processes(size: in
             one,
         ]
         assert steps(size, budget(batch_size=16, gradient_accumulation=1, processes=2), epoch) == one
+
+
+def test_the_total_of_steps_is_what_the_epochs_hold() -> None:
+    for size in (7, 21, 64, 65):
+        training = budget(batch_size=4, gradient_accumulation=2, epochs=3)
+        assert total_steps(training, size) == sum(len(steps(size, training, epoch)) for epoch in range(3))
+    assert total_steps(budget(batch_size=4, gradient_accumulation=2, epochs=3, max_steps=5), 21) == 5
 
 
 def test_an_epoch_follows_from_its_number_alone() -> None:

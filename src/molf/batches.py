@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from molf.config import Training
 from molf.encoding import IGNORED, encode_completion, encode_prompt, left_pad
 from molf.errors import UserError
 
@@ -66,6 +67,17 @@ def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, m
     if not examples.rows:
         raise UserError(f"training.max_length: {max_length} tokens leave none of the {len(frame)} examples; raise it")
     return examples
+
+
+def optimizer_steps(examples: int, batch: int, accumulation: int) -> int:
+    """Optimizer steps of an epoch; the last batch and the last step may be smaller."""
+    return math.ceil(math.ceil(examples / batch) / accumulation)
+
+
+def total_steps(training: Training, examples: int) -> int:
+    """Optimizer steps of a cell."""
+    per_epoch = optimizer_steps(examples, training.batch_size, training.gradient_accumulation)
+    return training.max_steps or math.ceil(training.epochs * per_epoch)
 
 
 @dataclass(frozen=True)

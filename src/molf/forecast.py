@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf import estimate, machine
+from molf.batches import encode_examples, total_steps
 from molf.config import GgufModel, HubModel, MethodBlock, ModelBlock, Params, PathModel, TinyModel, Training
 from molf.errors import UserError
 from molf.estimate import Memory, Shape
@@ -76,12 +76,6 @@ class Forecast:
 # --- pure ----------------------------------------------------------------------------------------------------------
 
 
-def steps_of(training: Training, examples: int) -> int:
-    """Optimizer steps of a cell."""
-    per_epoch = math.ceil(math.ceil(examples / training.batch_size) / training.gradient_accumulation)
-    return training.max_steps or math.ceil(training.epochs * per_epoch)
-
-
 def largest(training: Training, lengths: Lengths | None, answer: int) -> Shape:
     """The largest micro-batch of one process.
 
@@ -99,7 +93,7 @@ def largest(training: Training, lengths: Lengths | None, answer: int) -> Shape:
 def duration(training: Training, lengths: Lengths, probe: Probe) -> float:
     """Seconds of a cell's training."""
     per_step = statistics.fmean(lengths.whole) * training.batch_size * training.gradient_accumulation
-    return probe.start + steps_of(training, len(lengths.whole)) * per_step / probe.tokens_per_second
+    return probe.start + total_steps(training, len(lengths.whole)) * per_step / probe.tokens_per_second
 
 
 def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, imports: int, free: int | None) -> Need:
@@ -120,7 +114,7 @@ def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, im
         if sharding == "auto":
             whole = count * (imports + estimate.per_process(memory, count, "ddp"))
             sharding = "ddp" if free is None or whole <= free else "fsdp"
-    steps = None if lengths is None else steps_of(training, len(lengths.whole))
+    steps = None if lengths is None else total_steps(training, len(lengths.whole))
     experts = len(getattr(block, "r", [])) + 1 if memory.modules else 0
     record = (steps or training.max_steps or 0) * memory.modules * experts * BYTES_PER_CHOICE
     keeps = keeps_weights(training.keep, block.kind)
@@ -405,7 +399,6 @@ def task_lengths(model: str, task: str, max_length: int) -> Lengths | None:
         return None
     import pandas as pd
 
-    from molf.batches import encode_examples
     from molf.models import load_tokenizer
 
     frame = pd.read_parquet(PREPARED / task / "train.parquet")

@@ -25,7 +25,15 @@ from transformers import (
 )
 
 from molf import collective, estimate, sharding
-from molf.batches import Collator, Examples, SeededBatches, SeededOrder, encode_examples
+from molf.batches import (
+    Collator,
+    Examples,
+    SeededBatches,
+    SeededOrder,
+    encode_examples,
+    optimizer_steps,
+    total_steps,
+)
 from molf.config import MethodBlock, Training
 from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
@@ -401,14 +409,7 @@ def train(
 
 def warmup_steps(training: Training, examples: int) -> int:
     """Optimizer steps of the warm-up: the share `training.warmup` of all, rounded up."""
-    per_epoch = optimizer_steps(examples, training.batch_size, training.gradient_accumulation)
-    total = training.max_steps or math.ceil(training.epochs * per_epoch)
-    return math.ceil(training.warmup * total)
-
-
-def optimizer_steps(examples: int, batch: int, accumulation: int) -> int:
-    """Optimizer steps of an epoch; the last batch and the last step may be smaller."""
-    return math.ceil(math.ceil(examples / batch) / accumulation)
+    return math.ceil(training.warmup * total_steps(training, examples))
 
 
 def reset_peak_memory() -> None:
