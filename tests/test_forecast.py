@@ -3,19 +3,34 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from molf import forecast
+from molf import estimate, forecast, sharding
 from molf.cli import run
-from molf.config import check_params, read_yaml
-from molf.estimate import Shape
+from molf.config import Params, check_params, read_yaml
+from molf.estimate import Memory, Shape
 from molf.forecast import Forecast, Lengths, Need, Probe
 from molf.paths import Cell
 
 ROOT = Path(__file__).parents[1]
 PARAMS = check_params(read_yaml(ROOT / "params.yaml"), "params.yaml")
+MEMORY = Memory(
+    {
+        "loading": {"weights": 4000},
+        "forward and backward": {"weights": 4000, "AdamW moments": 8000, "gradients": 4000, "activations": 2000},
+        "optimizer step": {"weights": 4000, "AdamW moments": 8000, "gradients": 4000},
+        "saving": {"weights": 4000, "AdamW moments": 8000, "file's content": 4000},
+    },
+    trained=1000,
+    parameters=1000,
+    saved=4000,
+    checkpoint=12000,
+    modules=28,
+    largest_layer=1000,
+)
 
 
 def test_steps_shapes_and_times_follow_the_budget_and_the_lengths() -> None:
@@ -27,6 +42,29 @@ def test_steps_shapes_and_times_follow_the_budget_and_the_lengths() -> None:
     assert forecast.duration(training, lengths, Probe(tokens_per_second=100, start=7)) == pytest.approx(
         7 + 9 * 160 / 100
     )
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, "fsdp"), (1.2, "ddp")])
+def test_the_forecast_shards_a_cell_where_its_training_does(
+    share: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training leaves a part of the memory free, and decides 8-bit moments by themselves."""
+    whole = estimate.per_process(MEMORY, 2, "ddp")
+    monkeypatch.setattr(sharding, "memory_of", lambda processes: int(share * whole))
+    cell = Cell("tiny", "sql", "fft", 0)
+    for moments, sharded in (("float32", expected), ("8bit", "ddp")):
+        params = changed({"processes": 2, "sharding": "auto", "moments": moments})
+        found = forecast.need(cell, params, MEMORY, None, imports=10)
+        assert (found.sharding, found.processes) == (sharded, 2)
+        assert found.process == 10 + estimate.per_process(MEMORY, 2, sharded)
+    assert forecast.need(cell, PARAMS, MEMORY, None, imports=10).sharding is None
+
+
+def changed(training: dict[str, Any]) -> Params:
+    """params.yaml with other keys of `training`."""
+    data = read_yaml(ROOT / "params.yaml")
+    data["training"] |= training
+    return check_params(data, "params.yaml")
 
 
 def test_what_does_not_fit_and_what_is_not_known_is_said() -> None:

@@ -177,7 +177,7 @@ def cell_memory(
     )
 
 
-def per_process(memory: Memory, processes: int, sharding: str) -> int:
+def per_process(memory: Memory, processes: int, sharding: str | None) -> int:
     """Bytes of each of several processes that train one cell together, each with a micro-batch of its own.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molf import estimate, machine
+from molf import estimate, machine, sharding
 from molf.batches import encode_examples, total_steps
 from molf.config import GgufModel, HubModel, MethodBlock, ModelBlock, Params, PathModel, TinyModel, Training
 from molf.errors import UserError
@@ -96,7 +96,7 @@ def duration(training: Training, lengths: Lengths, probe: Probe) -> float:
     return probe.start + total_steps(training, len(lengths.whole)) * per_step / probe.tokens_per_second
 
 
-def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, imports: int, free: int | None) -> Need:
+def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, imports: int) -> Need:
     """What a cell needs, but for its time.
 
     Args:
@@ -105,15 +105,9 @@ def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, im
         memory: Of one process that trains it alone.
         lengths: Of its examples; None: not known yet.
         imports: Bytes of a process before it trains; 0 on a GPU.
-        free: Bytes of memory that all its processes may take together.
     """
     training, block = params.training_for(cell.task), params.methods[cell.method]
-    count, sharding = training.processes, None
-    if count > 1:
-        sharding = training.sharding
-        if sharding == "auto":
-            whole = count * (imports + estimate.per_process(memory, count, "ddp"))
-            sharding = "ddp" if free is None or whole <= free else "fsdp"
+    count, shared = training.processes, sharding.of(lambda: memory, training)
     steps = None if lengths is None else total_steps(training, len(lengths.whole))
     experts = len(getattr(block, "r", [])) + 1 if memory.modules else 0
     record = (steps or training.max_steps or 0) * memory.modules * experts * BYTES_PER_CHOICE
@@ -123,9 +117,9 @@ def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, im
     return Need(
         cell,
         memory,
-        imports + estimate.per_process(memory, count, sharding or "ddp"),
+        imports + estimate.per_process(memory, count, shared),
         count,
-        sharding,
+        shared,
         kept=record + (memory.saved if keeps else 0),
         passing=checkpoints + (0 if keeps else memory.saved),
         steps=steps,
@@ -294,9 +288,7 @@ def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any
         memory = memories[key]
         imports = 0 if cuda else result.imports
         known = lengths[cell.model, cell.task]
-        result.needs.append(
-            Need(cell) if memory is None else need(cell, params, memory, known, imports, result.memory_free)
-        )
+        result.needs.append(Need(cell) if memory is None else need(cell, params, memory, known, imports))
     if probed_steps is not None:
         _add_times(result, params, lengths, probed_steps, watch)
     return result

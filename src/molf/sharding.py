@@ -4,7 +4,7 @@ Both are accelerate's. Every process computes on its own examples; gradients are
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,19 +34,24 @@ def choose(base: Path, block: MethodBlock, training: Training, shape: estimate.S
         training: The budget, the task's overrides included.
         shape: Of a process's largest micro-batch.
     """
+    return agreed(lambda: of(lambda: estimate.for_cell(base, block, training, shape), training))
+
+
+def of(memory: Callable[[], estimate.Memory], training: Training) -> str | None:
+    """`ddp` or `fsdp`, by the budget and this machine; None for one process alone.
+
+    Args:
+        memory: Estimates the cell as one process alone would train it; asked only where the choice depends on it.
+        training: The budget, the task's overrides included.
+    """
     if training.processes == 1:
         return None
     if training.sharding != "auto":
         return training.sharding
     if training.moments == "8bit":
         return "ddp"  # its codes are in blocks that know no rows
-
-    def by_memory() -> str:
-        memory = estimate.for_cell(base, block, training, shape)
-        needed = estimate.per_process(memory, training.processes, "ddp")
-        return "ddp" if needed <= SHARE * memory_of(training.processes) else "fsdp"
-
-    return agreed(by_memory)
+    needed = estimate.per_process(memory(), training.processes, "ddp")
+    return "ddp" if needed <= SHARE * memory_of(training.processes) else "fsdp"
 
 
 def memory_of(processes: int) -> int:
