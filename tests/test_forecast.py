@@ -60,6 +60,16 @@ def test_the_forecast_shards_a_cell_where_its_training_does(
     assert forecast.need(cell, PARAMS, MEMORY, None, imports=10).sharding is None
 
 
+def test_the_routing_record_is_of_the_experts_that_there_are() -> None:
+    params = changed({"keep": "none", "max_steps": 10})
+    kept = {
+        method: forecast.need(Cell("tiny", "sql", method, 0), params, MEMORY, None, imports=0).kept
+        for method in params.grid.methods
+    }
+    # molf: the full weight and one LoRA expert; molf-e: two LoRA experts.
+    assert kept == {"fft": 0, "lora": 0, **dict.fromkeys(("molf", "molf-e"), 10 * 28 * 2 * forecast.BYTES_PER_CHOICE)}
+
+
 def changed(training: dict[str, Any]) -> Params:
     """params.yaml with other keys of `training`."""
     data = read_yaml(ROOT / "params.yaml")

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from molf import estimate, machine, sharding
 from molf.batches import encode_examples, total_steps
-from molf.config import GgufModel, HubModel, MethodBlock, ModelBlock, Params, PathModel, TinyModel, Training
+from molf.config import (
+    GgufModel,
+    HubModel,
+    MethodBlock,
+    ModelBlock,
+    MolfEfficientMethod,
+    MolfMethod,
+    Params,
+    PathModel,
+    TinyModel,
+    Training,
+)
 from molf.errors import UserError
 from molf.estimate import Memory, Shape
 from molf.methods import keeps_weights
@@ -109,7 +120,9 @@ def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, im
     training, block = params.training_for(cell.task), params.methods[cell.method]
     count, shared = training.processes, sharding.of(lambda: memory, training)
     steps = None if lengths is None else total_steps(training, len(lengths.whole))
-    experts = len(getattr(block, "r", [])) + 1 if memory.modules else 0
+    experts = 0
+    if isinstance(block, MolfMethod | MolfEfficientMethod):
+        experts = len(block.r) + (block.kind == "molf")  # the full weight is one where it is trained
     record = (steps or training.max_steps or 0) * memory.modules * experts * BYTES_PER_CHOICE
     keeps = keeps_weights(training.keep, block.kind)
     # While the newest is written the older ones are all there.
