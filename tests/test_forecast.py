@@ -103,6 +103,21 @@ def test_without_base_and_data_it_says_memory_and_what_to_run(
     assert run(["estimate", "--probe", "0"]) == 2
 
 
+def test_a_task_that_trains_in_another_precision_needs_another_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = read_yaml(ROOT / "params.yaml")
+    data["grid"] |= {"tasks": ["med", "fact"], "methods": ["fft"], "seeds": [0]}
+    data["tasks"]["med"]["training"] = {"max_length": 64}
+    data["tasks"]["fact"]["training"] = {"max_length": 64, "dtype": "bfloat16"}
+    data["evaluation"]["max_new_tokens"] |= {"med": 4, "fact": 4}
+    monkeypatch.chdir(tmp_path)
+    whole, half = forecast.forecast(check_params(data, "params.yaml"), None).needs
+    assert whole.memory is not None and half.memory is not None
+    assert half.memory.parts["weights"] < 0.51 * whole.memory.parts["weights"]
+    assert half.memory.saved < 0.51 * whole.memory.saved
+
+
 def test_lengths_are_none_until_base_and_data_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert forecast.task_lengths("m", "t", 32) is None

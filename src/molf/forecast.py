@@ -287,7 +287,7 @@ def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any
         for task in params.grid.tasks
     }
     result.run_first += [f"prepare@{task}" for task in params.grid.tasks if not prepared(task)]
-    memories: dict[tuple[str, str, Shape], Memory | None] = {}
+    memories: dict[tuple[str, str, Training, Shape], Memory | None] = {}
     for cell in params.cells():
         config, budget, block = configs[cell.model], params.training_for(cell.task), params.methods[cell.method]
         if config is None:
@@ -295,7 +295,7 @@ def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any
             continue
         answer = getattr(params.evaluation.max_new_tokens, params.tasks[cell.task].kind)
         shape = largest(budget, lengths[cell.model, cell.task], answer)
-        key = (cell.model, cell.method, shape)
+        key = (cell.model, cell.method, budget, shape)
         if key not in memories:
             memories[key] = _memory(config, block, budget, shape, cuda, cell, result.unknown)
         memory = memories[key]
@@ -327,7 +327,7 @@ def _memory(
     try:
         return estimate.cell_memory(config, block, training, shape, cuda=cuda, stored=stored)
     except UserError as error:
-        unknown.append(f"{cell.model}, {cell.method}: {error}")
+        _once(unknown, f"{cell.model}, {cell.method}: {error}")
         return None
 
 
