@@ -13,7 +13,7 @@ from molf.cli import run
 from molf.config import Params, check_params, read_yaml
 from molf.estimate import Memory, Shape
 from molf.forecast import Forecast, Lengths, Need, Probe
-from molf.paths import Cell
+from molf.paths import CHECKPOINTS, Cell
 
 ROOT = Path(__file__).parents[1]
 PARAMS = check_params(read_yaml(ROOT / "params.yaml"), "params.yaml")
@@ -83,9 +83,9 @@ def test_what_does_not_fit_and_what_is_not_known_is_said() -> None:
     found = Forecast(needs, int(5e8), int(1e9), int(8e9), int(4e9), cuda=False, unknown=["lora: why"], run_first=["x"])
     text = forecast.table(found)
     assert "m/t/fft/seed-0 needs 9.00 GB of memory, 8.00 GB are free; lower training.batch_size" in text
-    assert "the grid needs 8.00 GB of disk, 4.00 GB are free" in text
+    assert "the grid has 7.00 GB to write at most, 4.00 GB of disk are free" in text  # the base is there
     assert "not known: lora: why" in text and "first: dvc repro x" in text
-    assert forecast.totals(found) == {"memory": 9e9, "disk": 3e9, "passing": 5e9, "seconds": None}
+    assert forecast.totals(found) == {"memory": 9e9, "disk": 3e9, "passing": 5e9, "to_write": 7e9, "seconds": None}
     assert json.loads(json.dumps(forecast.plain(found)))["cells"][0]["seconds"] == 90
 
 
@@ -101,6 +101,26 @@ def test_without_base_and_data_it_says_memory_and_what_to_run(
     assert run(["estimate", "--no-probe"]) == 0
     assert "next: dvc repro base@tiny prepare@sql prepare@med prepare@fact && molf estimate" in capsys.readouterr().out
     assert run(["estimate", "--probe", "0"]) == 2
+
+
+def test_what_lies_on_the_disk_already_is_not_to_be_written_again() -> None:
+    cells = [Cell("m", "t", method, 0) for method in ("fft", "lora")]
+    needs = [Need(cell, kept=int(4e9), passing=int(12e9), there=int(4e9), passing_there=int(9e9)) for cell in cells]
+    found = Forecast(needs, 0, int(1e9), None, int(4e9), cuda=False)
+    assert forecast.totals(found)["to_write"] == 3e9 and forecast.misfits(found) == []
+    needs[1].there = 0  # now this one's 4 GB are to be written too
+    assert ["has 7.00 GB to write" in text for text in forecast.misfits(found)] == [True]
+
+
+def test_the_forecast_looks_at_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell = PARAMS.cells()[0]
+    for folder, size in ((cell.weights, 5), (cell.results / "train", 3), (CHECKPOINTS / cell.name / "step-1", 7)):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"x" * size)
+    first, second, *_ = forecast.forecast(PARAMS, None).needs
+    assert (first.cell, first.there, first.passing_there) == (cell, 8, 7)
+    assert (second.there, second.passing_there) == (0, 0)
 
 
 def test_a_task_that_trains_in_another_precision_needs_another_memory(

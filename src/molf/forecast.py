@@ -30,7 +30,7 @@ from molf.errors import UserError
 from molf.estimate import Memory, Shape
 from molf.methods import keeps_weights
 from molf.models import folder_bytes
-from molf.paths import MODELS, PREPARED, RESULTS, Cell, read_json
+from molf.paths import CHECKPOINTS, MODELS, PREPARED, RESULTS, Cell, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,6 +65,8 @@ class Need:
     sharding: str | None = None
     kept: int | None = None  # bytes on disk after the cell
     passing: int | None = None  # and beside them while it trains
+    there: int = 0  # of `kept`, what lies on the disk already
+    passing_there: int = 0  # of `passing`
     steps: int | None = None
     seconds: float | None = None  # of training
 
@@ -178,7 +180,11 @@ def notes(result: Forecast) -> list[str]:
 
 
 def totals(result: Forecast) -> dict[str, Any]:
-    """memory: bytes of the largest cell; disk: bytes that all leave; passing: beside it; seconds; None is not known."""
+    """What all cells need together, in bytes and seconds; None is not known.
+
+    memory: of the largest; disk: what all leave, with the base models; passing: beside it; to_write: of both what does
+    not lie on the disk already; seconds.
+    """
     needs = result.needs
     memory = [each.process * each.processes for each in needs if each.process is not None]
     seconds = [each.seconds for each in needs]
@@ -186,6 +192,9 @@ def totals(result: Forecast) -> dict[str, Any]:
         "memory": max(memory, default=None),
         "disk": result.base + sum(each.kept or 0 for each in needs),
         "passing": max((each.passing or 0 for each in needs), default=0),
+        # The base models are counted once they are there.
+        "to_write": sum(max(0, (each.kept or 0) - each.there) for each in needs)
+        + max((max(0, (each.passing or 0) - each.passing_there) for each in needs), default=0),
         "seconds": None if None in seconds else sum(each for each in seconds if each is not None),
     }
 
@@ -201,11 +210,11 @@ def misfits(result: Forecast) -> list[str]:
                 f"{each.cell.name} needs {gigabytes(wanted)} of memory, {gigabytes(result.memory_free)} are free; "
                 "lower training.batch_size and raise gradient_accumulation, or training.max_length"
             )
-    numbers = totals(result)
-    if numbers["disk"] + numbers["passing"] > result.disk_free:
+    wanted = totals(result)["to_write"]
+    if wanted > result.disk_free:
         found.append(
-            f"the grid needs {gigabytes(numbers['disk'] + numbers['passing'])} of disk, {gigabytes(result.disk_free)} "
-            "are free; training.keep: adapter-only or none keeps less"
+            f"the grid has {gigabytes(wanted)} to write at most, {gigabytes(result.disk_free)} of disk are free; "
+            "training.keep: adapter-only or none keeps less"
         )
     return found
 
@@ -221,6 +230,7 @@ def plain(result: Forecast) -> dict[str, Any]:
                 "sharding": each.sharding,
                 "disk_bytes": each.kept,
                 "passing_disk_bytes": each.passing,
+                "disk_bytes_there": each.there + each.passing_there,
                 "steps": each.steps,
                 "seconds": each.seconds,
                 "phases": None if each.memory is None else each.memory.phases,
@@ -301,7 +311,10 @@ def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any
         memory = memories[key]
         imports = 0 if cuda else result.imports
         known = lengths[cell.model, cell.task]
-        result.needs.append(Need(cell) if memory is None else need(cell, params, memory, known, imports))
+        each = Need(cell) if memory is None else need(cell, params, memory, known, imports)
+        each.there = folder_bytes(cell.weights) + folder_bytes(cell.results / "train")
+        each.passing_there = folder_bytes(CHECKPOINTS / cell.name)
+        result.needs.append(each)
     if probed_steps is not None:
         _add_times(result, params, lengths, probed_steps, watch)
     return result
