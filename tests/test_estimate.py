@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,33 @@ def test_several_processes_hold_all_or_a_share_each(base: Path) -> None:
     ddp, fsdp = (estimate.per_process(whole, 2, sharding) for sharding in ("ddp", "fsdp"))
     assert ddp == whole.total + 4 * whole.parameters
     assert fsdp < whole.total - 0.4 * (whole.parts["weights"] + whole.parts["AdamW moments"]) + 2 * whole.largest_layer
+
+
+def test_each_phase_is_shared_in_its_own_way() -> None:
+    step = {"weights": 400, "AdamW moments": 800, "gradients": 400}
+    phases = {
+        "loading": {"weights": 400, "checkpoint file": 200},
+        "forward and backward": {**step, "activations": 100},
+        "optimizer step": step,
+        "saving": {"weights": 400, "AdamW moments": 800, "file's content": 400},
+    }
+    host = Memory(phases, 100, 100, 400, 1200, 0, 10)
+    # The forward with buckets; the first process's shards beside the whole model and the file's content.
+    assert estimate.per_process(host, 4, "ddp") == 1700 + 400
+    assert estimate.per_process(host, 4, "fsdp") == 300 + 400 + 400
+    # The forward and two gathered layers: on a GPU nothing whole is ever held.
+    assert estimate.per_process(replace(host, cuda=True), 4, "fsdp") == 400 + 100 + 2 * 10
+    # A frozen model: to load it is the most, and neither shards nor buckets change that.
+    adapter = {"weights": 400, "experts": 4, "AdamW moments": 8}
+    frozen = {
+        "loading": phases["loading"],
+        "forward and backward": {**adapter, "activations": 10},
+        "optimizer step": {**adapter, "gradients": 4},
+        "saving": {**adapter, "file's content": 4},
+    }
+    loaded = Memory(frozen, 1, 101, 4, 12, 0, 10)
+    assert estimate.per_process(loaded, 4, "ddp") == loaded.total == 600
+    assert estimate.per_process(loaded, 4, "fsdp") == 600
 
 
 def test_asking_changes_no_random_number_and_says_the_parts(base: Path) -> None:

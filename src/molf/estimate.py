@@ -42,6 +42,8 @@ COMPILER = 150_000_000
 # the system at once.
 STRANDED = {"forward": 0.26, "backward": 0.12}
 LARGE_BLOCK = 32 << 20
+# Parts that FSDP divides among the processes.
+DIVIDED = ("weights", "experts", "AdamW moments", "gradients", "experts' gradients")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Memory:
     checkpoint: int  # bytes of one checkpoint: what is trained, and its moments
     modules: int  # with experts; 0 where nothing is routed
     largest_layer: int  # bytes of the weights of the largest repeated block, which FSDP gathers whole
+    cuda: bool = False  # whether the bytes are a GPU's
 
     @property
     def peak(self) -> str:
@@ -173,7 +176,7 @@ def cell_memory(
     modules = sum(isinstance(module, MoLFLinear) for module in model.modules())
     checkpoint = sizes["trained bytes"] + sizes["moments"]
     return Memory(
-        phases, sizes["trained"], sizes["parameters"], sizes["saved"], checkpoint, modules, sizes["largest_layer"]
+        phases, sizes["trained"], sizes["parameters"], sizes["saved"], checkpoint, modules, sizes["largest_layer"], cuda
     )
 
 
@@ -183,18 +186,32 @@ def per_process(memory: Memory, processes: int, sharding: str | None) -> int:
     Args:
         memory: Of the cell trained by one process.
         processes: How many.
-        sharding: `ddp`: each holds all, and the gradients a second time, in the buckets that are reduced. `fsdp`:
-            weights, gradients and moments are divided, but for the block at work and the one fetched ahead.
+        sharding: `ddp`: each holds all, and from the first backward on the gradients a second time, in the buckets that
+            are reduced. `fsdp`: weights, gradients and moments are divided, but for the block at work and the one
+            fetched ahead; on the host each loads the whole model all the same, and the first one makes a whole copy to
+            save. None: there is one process.
     """
     if processes == 1:
         return memory.total
-    parts = dict(memory.parts)
-    gradients = memory.phases["optimizer step"].get("gradients", 0)
-    if sharding == "ddp":
-        return sum(parts.values()) + gradients
-    divided = ("weights", "experts", "AdamW moments", "gradients", "experts' gradients")
-    kept = sum(size for part, size in parts.items() if part not in divided)
-    return kept + sum(parts.get(part, 0) for part in divided) // processes + 2 * memory.largest_layer
+    return max(sum(parts.values()) for parts in _shared(memory, processes, sharding == "fsdp").values())
+
+
+def _shared(memory: Memory, processes: int, sharded: bool) -> dict[str, dict[str, int]]:
+    """The phases of the first of several processes."""
+    buckets = {"gradient buckets": memory.phases["optimizer step"].get("gradients", 0)}
+    if not sharded:
+        return {name: parts if name == "loading" else parts | buckets for name, parts in memory.phases.items()}
+    phases = {
+        name: {part: size // processes if part in DIVIDED else size for part, size in parts.items()}
+        for name, parts in memory.phases.items()
+    }
+    phases["forward and backward"]["gathered layers"] = 2 * memory.largest_layer
+    if memory.cuda:  # whole models are the host's then
+        del phases["loading"], phases["saving"]
+    else:
+        phases["loading"] = memory.phases["loading"]
+        phases["saving"]["whole copy"] = sum(memory.phases["saving"].get(part, 0) for part in ("weights", "experts"))
+    return phases
 
 
 def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
