@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from molf import memory
 from molf.config import SHA, GgufModel, HubModel, ModelBlock, PathModel, TinyModel
 from molf.errors import UserError
 from molf.models import INFO, check_folder, file_hash, first_line, load_model, weight_dtype
@@ -28,6 +29,7 @@ def build(name: str, block: ModelBlock, directory: Path) -> dict[str, Any]:
 
     Raises:
         UserError: The source lacks, has no safetensors weights, or its tokenizer has no end-of-sequence token.
+        RunError: Memory ran out.
     """
     if directory.exists():
         shutil.rmtree(directory)
@@ -45,7 +47,8 @@ def build(name: str, block: ModelBlock, directory: Path) -> dict[str, Any]:
         case HubModel():
             info |= {"id": block.id, "revision": _download(name, block, directory)}
     check_folder(directory, f"models.{name}")
-    load_model(directory, weight_dtype("bfloat16"))  # weights that do not fit show here and not in the first cell
+    with memory.explained_by(lambda: f"models.{name}: its weights alone do not fit this machine; take a smaller model"):
+        load_model(directory, weight_dtype("bfloat16"))  # weights of another model show here, not in the first cell
     # Not how long it took: the same model made again must be the same files, or every cell would be trained again.
     write_json(directory / INFO, {key: value for key, value in info.items() if key != "seconds"})
     return info

@@ -1,9 +1,11 @@
 """Model folders: how they are checked, loaded, hashed and described."""
 
+import errno
 import hashlib
 import json
 import logging as std_logging
 import os
+import re
 import sys
 import warnings
 from functools import partialmethod
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 INFO = "molf_model.json"
 # Stands in a cell's weights folder when `training.keep` does not let the weights stay.
 ELSEWHERE = "not_kept.json"
+# Of errors when memory runs out: torch's host allocator, the system, CUDA's libraries.
+NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def check_folder(directory: Path, key: str) -> None:
@@ -71,6 +75,8 @@ def load_model(directory: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     Raises:
         UserError: The folder does not load as a causal language model, or its weights are not all of that model's: what
             lacks would be filled with random numbers.
+
+    Want of memory is left as it is (`ran_out`): it says nothing about the folder.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -85,6 +91,8 @@ def load_model(directory: Path, dtype: "torch.dtype") -> "PreTrainedModel":
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if ran_out(error):
+            raise
         raise UserError(f"{directory} does not load as a causal language model: {first_line(error)}") from None
     model, info = loaded
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -94,6 +102,15 @@ def load_model(directory: Path, dtype: "torch.dtype") -> "PreTrainedModel":
             f"another shape: {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}"
         )
     return model
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error of a library says that memory ran out, on the host or on a GPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return getattr(error, "errno", None) == errno.ENOMEM or NO_MEMORY.search(str(error)) is not None
 
 
 def folder_hash(directory: Path) -> str:

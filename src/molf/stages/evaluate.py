@@ -17,7 +17,7 @@ def run() -> None:
 
     import pandas as pd
 
-    from molf import closure, models, tracking
+    from molf import closure, memory, models, tracking
     from molf.evaluation import LanguageModel
     from molf.methods import METHODS
     from molf.tasks import TASKS
@@ -27,19 +27,22 @@ def run() -> None:
     block = params.tasks[cell.task]
     data = read_json(PREPARED / cell.task / "summary.json")
     began = None
-    if cell.method == BASE_METHOD:
-        trained = untrained_fingerprint(models.describe(base)["hash"])
-        network = models.load_model(base, models.weight_dtype(budget.dtype))
-    else:
-        training = read_json(cell.results / "train" / "run.json")
-        trained, began = training["fingerprint"], training["started"]
-        weights = models.find_weights(cell.weights)
-        network = METHODS[params.methods[cell.method].kind].load(base, weights, models.weight_dtype(budget.dtype))
-    lm = LanguageModel(network, models.load_tokenizer(base), params.evaluation.batch_size, progress=sys.stderr.isatty())
-    models.to_device(network, budget.threads)
-    started = time.perf_counter()
-    scorer = TASKS[block.kind]
-    predictions = scorer.predict(lm, pd.read_parquet(PREPARED / cell.task / "test.parquet"), params.evaluation)
+    with memory.explained_by(lambda: f"lower evaluation.batch_size (now {params.evaluation.batch_size})"):
+        if cell.method == BASE_METHOD:
+            trained = untrained_fingerprint(models.describe(base)["hash"])
+            network = models.load_model(base, models.weight_dtype(budget.dtype))
+        else:
+            training = read_json(cell.results / "train" / "run.json")
+            trained, began = training["fingerprint"], training["started"]
+            weights = models.find_weights(cell.weights)
+            network = METHODS[params.methods[cell.method].kind].load(base, weights, models.weight_dtype(budget.dtype))
+        lm = LanguageModel(
+            network, models.load_tokenizer(base), params.evaluation.batch_size, progress=sys.stderr.isatty()
+        )
+        models.to_device(network, budget.threads)
+        started = time.perf_counter()
+        scorer = TASKS[block.kind]
+        predictions = scorer.predict(lm, pd.read_parquet(PREPARED / cell.task / "test.parquet"), params.evaluation)
     scores = scorer.metrics(predictions)
     seconds = time.perf_counter() - started
     evaluation = params.evaluation.model_dump(mode="json")
