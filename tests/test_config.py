@@ -1,5 +1,6 @@
 """params.yaml: every shipped configuration parses; every mistake is named, all at once."""
 
+import importlib.util
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -198,6 +199,27 @@ def test_a_preset_keeps_blocks_of_ones_own(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(UserError, match="preset 'huge' is not known; there is tiny, gemma, paper"):
         presets.differences("huge")
+
+
+@pytest.mark.parametrize("command", [["check"], ["run"], ["estimate", "--no-probe"]])
+def test_moments_of_8_bits_without_their_library_are_named_with_their_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    data = raw()
+    data["training"]["moments"] = "8bit"
+    data["tasks"]["med"]["training"] |= {"moments": "8bit"}
+    data["tasks"]["sql"]["training"] |= {"moments": "float32"}
+    (tmp_path / "params.yaml").write_text(json.dumps(data))
+    monkeypatch.chdir(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else found(name, *rest)
+    )
+    assert run(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 2 problems") and "tasks.sql" not in said
+    for key in ("tasks.med.training.moments", "training.moments"):
+        assert f"- {key}: 8bit needs torchao, which is not installed: .venv/bin/pip install '.[eightbit]'" in said
 
 
 def test_files_that_lack_are_all_named_before_anything_runs(

@@ -1,6 +1,7 @@
 """`molf`: the pipeline's command line. Each command is short and says what to type next."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -101,7 +102,7 @@ def check() -> None:
 
 
 def lacking(params: Params) -> None:
-    """Raises `UserError` with every file and folder that the grid needs and that is not there."""
+    """Raises `UserError` with every file, folder and library that the grid needs and that is not there."""
     blocks = {f"models.{name}": params.models[name] for name in params.grid.models}
     sources = {f"tasks.{name}.source": params.tasks[name].source for name in params.grid.tasks}
     problems = [
@@ -109,6 +110,16 @@ def lacking(params: Params) -> None:
         for key, block in {**blocks, **sources}.items()
         if block.kind in ("path", "file") and not Path(block.path).exists()
     ]
+    coded = {
+        f"tasks.{name}.training.moments" if "moments" in params.tasks[name].training else "training.moments"
+        for name in params.grid.tasks
+        if params.training_for(name).moments == "8bit"
+    }
+    if importlib.util.find_spec("torchao") is None:
+        problems += [
+            f"{key}: 8bit needs torchao, which is not installed: .venv/bin/pip install '.[eightbit]'; or use float32"
+            for key in sorted(coded)
+        ]
     if problems:
         raise UserError(problems)
 
