@@ -254,6 +254,12 @@ def test_auto_shards_where_a_process_cannot_hold_the_cell(base: Path, monkeypatc
     assert choice(10**6, processes=1) is None
 
 
+def test_autocast_alone_decides_the_precision_of_shards_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy of FSDP's own would make norms and embeddings bfloat16, which they are not under DDP."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sharding.plugin().mixed_precision_policy is None
+
+
 def test_processes_share_this_machines_memory() -> None:
     one, four = sharding.memory_of(1), sharding.memory_of(4)
     assert one > 10**8

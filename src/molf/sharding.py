@@ -65,7 +65,7 @@ def memory_of(processes: int) -> int:
     return total // processes
 
 
-def use_fsdp(accelerator: Any, training: Training) -> None:
+def use_fsdp(accelerator: Any) -> None:
     """Makes an Accelerator shard what it prepares.
 
     accelerate itself does so on accelerators only (`AcceleratorState` looks for MULTI_GPU and its like); on the host
@@ -73,26 +73,23 @@ def use_fsdp(accelerator: Any, training: Training) -> None:
     """
     from accelerate.utils import DistributedType
 
-    accelerator.state.fsdp_plugin = plugin(training)
+    accelerator.state.fsdp_plugin = plugin()
     accelerator.state.distributed_type = DistributedType.FSDP
 
 
-def plugin(training: Training) -> "FullyShardedDataParallelPlugin":
+def plugin() -> "FullyShardedDataParallelPlugin":
     """FSDP2, each decoder layer a unit of its own, and the rest one more."""
     from accelerate import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    policy = None
-    if autocast(training.dtype):
-        # Weights are gathered in bfloat16, where autocast alone would gather float32 and keep a cast copy of every one
-        # until the backward; shards stay float32, and gradients are summed in float32.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # No mixed precision of FSDP's own, though gathering bfloat16 would need less memory: it would run norms and
+    # embeddings in bfloat16 too, and `auto` may shard one method of a grid and not another. Under autocast
+    # (`CellTrainer.compute_loss`) all compute in one precision.
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
-        mixed_precision_policy=policy,
+        mixed_precision_policy=None,
     )
 
 

@@ -101,7 +101,7 @@ class CellTrainer(ResumableTrainer):
         shared: str | None,
         **arguments: Any,
     ) -> None:
-        self.training, self.shared = training, shared
+        self.shared = shared
         super().__init__(**arguments)
         self.method, self.order = method, order
         self.batches = SeededBatches(order, self.args.train_batch_size, collective.rank(), training.processes)
@@ -113,7 +113,7 @@ class CellTrainer(ResumableTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.shared == "fsdp":
-            sharding.use_fsdp(self.accelerator, self.training)
+            sharding.use_fsdp(self.accelerator)
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
