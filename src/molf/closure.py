@@ -11,7 +11,10 @@ PACKAGE = Path(__file__).parent
 # so too) and the reading of params.yaml, whose values DVC watches itself. A change here re-runs nothing.
 VIEWS = frozenset(
     f"molf{name}"
-    for name in ("", ".errors", ".config", ".paths", ".machine", ".tracking", ".closure", ".estimate", ".memory")
+    for name in (
+        *("", ".errors", ".config", ".problems", ".paths"),
+        *(".machine", ".tracking", ".closure", ".estimate", ".memory"),
+    )
 )
 
 

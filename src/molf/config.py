@@ -6,8 +6,6 @@ No field that shapes a result has a default: what a cell was made with stands in
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, Cell
+from molf.problems import cross_checks, sentence
 
 PARAMS = Path("params.yaml")
 SOURCES_LOCK = Path("sources.lock")
@@ -427,9 +426,9 @@ def check_params(raw: Any, file: str) -> Params:
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        problems += [f"{file}: {_sentence(problem)}" for problem in error.errors()]
+        problems += [f"{file}: {sentence(problem)}" for problem in error.errors()]
     if isinstance(raw, dict):
-        problems += [f"{file}: {problem}" for problem in _cross_checks(raw)]
+        problems += [f"{file}: {problem}" for problem in cross_checks(raw, Grid.model_fields, Training)]
     if problems or params is None:
         raise UserError(problems)
     return params
@@ -456,69 +455,3 @@ def fingerprint(*parts: Any) -> str:
 def untrained_fingerprint(model_hash: str) -> str:
     """What stands for a training's fingerprint where there was none: the base model as it came."""
     return fingerprint("untrained", model_hash)
-
-
-def _cross_checks(raw: dict[str, Any]) -> Iterable[str]:
-    """Problems that no single field shows. Works on raw data, so that they are reported beside the fields' own."""
-    grid = raw.get("grid")
-    for axis in ("models", "tasks", "methods"):
-        wanted = grid.get(axis) if isinstance(grid, dict) else None
-        blocks = raw.get(axis)
-        if isinstance(wanted, list) and isinstance(blocks, dict):
-            for name in wanted:
-                if isinstance(name, str) and name not in blocks:
-                    yield f"grid.{axis}: there is no {axis}.{name}; there is {', '.join(map(str, blocks))}"
-    if isinstance(grid, dict) and all(isinstance(grid.get(axis), list) for axis in Grid.model_fields):
-        keys: dict[str, tuple[Any, ...]] = {}
-        axes = [[name for name in grid[axis] if isinstance(name, str)] for axis in ("models", "tasks", "methods")]
-        for names in product(*axes):
-            key = "-".join(names)
-            other = keys.setdefault(key, names)
-            if other != names:
-                yield f"grid: {other} and {names} both make the stage name {key}; rename one"
-    training, tasks = raw.get("training"), raw.get("tasks")
-    shared = [] if training is None else _training_problems(training)  # said of `training` itself already
-    for name, task in tasks.items() if isinstance(tasks, dict) else ():
-        overrides = task.get("training") if isinstance(task, dict) else None
-        if not isinstance(overrides, dict) or not isinstance(training, dict):
-            continue
-        for problem in _training_problems({**training, **overrides}):
-            own = problem["loc"][0] in overrides if problem["loc"] else problem["msg"] not in [p["msg"] for p in shared]
-            if own:
-                yield _sentence(problem, f"tasks.{name}.training")
-
-
-def _training_problems(raw: Any) -> list[Any]:
-    try:
-        Training.model_validate(raw)
-    except ValidationError as error:
-        return list(error.errors())
-    return []
-
-
-def _sentence(problem: Any, prefix: str = "") -> str:
-    """One of pydantic's errors as `key: what was given, what is allowed`."""
-    key = ".".join(([prefix] if prefix else []) + _keys([str(part) for part in problem["loc"]])) or "(top level)"
-    context, message = problem.get("ctx", {}), problem["msg"]
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"{key}: unknown key; remove it or correct its spelling"
-        case "missing":
-            return f"{key}: missing; `molf preset tiny --dry-run` shows every key"
-        case "union_tag_invalid":
-            return f"{key}.kind: {context['tag']!r} is not known; allowed: {context['expected_tags']}"
-        case "union_tag_not_found":
-            return f"{key}.kind: missing; it says which keys belong here"
-        case "value_error":
-            return f"{key}: {context['error']}"
-        case _:
-            shown = repr(problem.get("input"))
-            return f"{key}: {shown if len(shown) <= 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
-
-
-def _keys(path: list[str]) -> list[str]:
-    """The path as it stands in the file: without the tags of discriminated unions, which pydantic puts in between."""
-    if not path or path[0] not in ("models", "tasks", "methods"):
-        return path
-    keys = path[:2] + path[3:]  # section, name, tag, ...
-    return keys[:3] + keys[4:] if keys[2:3] == ["source"] else keys
