@@ -112,7 +112,7 @@ def test_an_evaluation_without_memory_says_which_key_to_lower(
     monkeypatch.setattr(target, name, fail_with(HOST))
     assert main(evaluate.run) == 1
     said = capsys.readouterr().err
-    assert said.startswith("failed: out of memory: ")
+    assert "failed: out of memory: " in said
     assert f"lower evaluation.batch_size (now {PARAMS.evaluation.batch_size})" in said
 
 

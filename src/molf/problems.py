@@ -25,8 +25,8 @@ def cross_checks(raw: dict[str, Any], axes: Iterable[str], training_block: type[
                     yield f"grid.{axis}: there is no {axis}.{name}; there is {', '.join(map(str, blocks))}"
     if isinstance(grid, dict) and all(isinstance(grid.get(axis), list) for axis in axes):
         keys: dict[str, tuple[Any, ...]] = {}
-        axes = [[name for name in grid[axis] if isinstance(name, str)] for axis in ("models", "tasks", "methods")]
-        for names in product(*axes):
+        names_of = [[name for name in grid[axis] if isinstance(name, str)] for axis in ("models", "tasks", "methods")]
+        for names in product(*names_of):
             key = "-".join(names)
             other = keys.setdefault(key, names)
             if other != names:

@@ -16,7 +16,7 @@ from molf import estimate
 from molf.collective import agreed, gathered, rank, world_size
 from molf.config import MethodBlock, Training
 from molf.errors import RunError
-from molf.models import autocast, load_model, weight_dtype
+from molf.models import load_model, weight_dtype
 
 if TYPE_CHECKING:
     from accelerate import FullyShardedDataParallelPlugin
