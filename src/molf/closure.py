@@ -11,8 +11,15 @@ PACKAGE = Path(__file__).parent
 # so too) and the reading of params.yaml, whose values DVC watches itself. A change here re-runs nothing.
 VIEWS = frozenset(
     f"molf{name}"
-    for name in ("", ".errors", ".config", ".problems", ".paths", ".machine", ".tracking", ".closure", ".estimate")
-) | {"molf.memory"}
+    for name in (
+        *("", ".errors", ".config", ".problems", ".paths"),
+        *(".machine", ".tracking", ".closure", ".estimate", ".memory"),
+    )
+)
+
+
+# Beside a module: what it compiles or fills in. Nothing else counts, such as what an editor leaves there.
+BESIDE = (".cpp", ".html")
 
 
 def closure(module: str, package: Path = PACKAGE) -> set[str]:
