@@ -368,7 +368,7 @@ def _sum_over_shards(parameters: Sequence[Tensor], sums: Tensor) -> None:
     Raises:
         ValueError: They are not all cut alike.
     """
-    if len({(id(getattr(p, "device_mesh", None)), getattr(p, "placements", ())) for p in parameters}) > 1:
+    if len({(getattr(p, "device_mesh", None), getattr(p, "placements", ())) for p in parameters}) > 1:
         raise ValueError("some of the experts are sharded and others not, or otherwise: shard all layers in one way")
     parameter = parameters[0]
     mesh = getattr(parameter, "device_mesh", None)
