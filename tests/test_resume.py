@@ -313,6 +313,15 @@ def test_a_training_stopped_in_its_last_step_has_nothing_left_to_do(heard: int, 
     assert folder_hash(job.weights) == folder_hash(once.weights)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to SIGINT, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("every", "begin"), [(4, "from {}/step-00000008"), (None, "from the start, since there is no")]
 )
