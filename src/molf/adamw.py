@@ -97,12 +97,6 @@ class AdamW(torch.optim.Optimizer):
             self._plain(group)
         return loss
 
-    def init_state(self) -> None:
-        """Makes the state of every parameter (zeros), as the first step would: what a checkpoint is read into."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._state(parameter)
-
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:

@@ -20,9 +20,10 @@ DEVICE_ROWS = 4096  # likewise on a device: 16 M elements
 # Elements that share one scale where moments are kept in 8 bits.
 CODES_PER_SCALE = 256
 
+# By these numbers kernels.cpp and kernels_cuda.py know a score.
+SCORES = {None: 0, "epd": 1, "pfn": 2}
+
 Moment = Tensor | tuple[Tensor, Tensor]  # values, or 8-bit codes and their scales
-
-
 Number = Tensor | float  # a scalar tensor where `move` is compiled, or every new number would compile it anew
 
 

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molf.kernels import to_device
+from molf.kernels import SCORES, to_device
 
 BLOCK = 2048  # elements of one program
-SCORES = {None: 0, "epd": 1, "pfn": 2}
 
 
 @triton.jit

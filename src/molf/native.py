@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molf.kernels import SCORES
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
-SCORES = {None: 0, "epd": 1, "pfn": 2}
 KINDS = {
     (torch.float32, torch.float32): 0,
     (torch.float64, torch.float64): 1,
