@@ -95,7 +95,7 @@ def test_presets_give_every_task_the_budget_that_they_mean() -> None:
             "models.tiny: width is 190, heads is 4: a head's width must be whole and even",
         ),
         (
-            {"evaluation.max_new_tokens": {"sql": 64, "med": 4}},
+            {"evaluation.max_new_tokens": {"sql": 64, "med": 4, "completion": 64, "choice": 4}},
             "evaluation.max_new_tokens.fact: missing; `molf preset tiny --dry-run` shows every key",
         ),
         ({"grid.seeds": [0, 0]}, "grid: seeds repeats 0; each may stand once"),

@@ -150,7 +150,8 @@ def test_limits_keep_so_many_rows_drawn_by_the_seed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", med_rows(60))
     kept = []
     for seed in (0, 0, 1):
-        run("med", file_block("med", path, limits=limits, split_seed=seed), tmp_path)
+        rule = {"validation": 0.1, "test": 0.1, "seed": seed, "group": None}
+        run("med", file_block("med", path, limits=limits, split=rule), tmp_path)
         assert {split: len(frame(tmp_path, split)) for split in data.SPLITS} == limits
         kept.append(frame(tmp_path, "train")["example_id"].tolist())
     assert kept[0] == kept[1] != kept[2]

@@ -108,6 +108,11 @@ ModelBlock = Annotated[TinyModel | PathModel | GgufModel | HubModel, Field(discr
 # --- tasks ---------------------------------------------------------------------------------------------------------
 
 Split = Literal["train", "validation", "test"]
+Names = str | Annotated[list[str], Field(min_length=1)]
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 class GeneratedSource(Block):
@@ -124,13 +129,13 @@ class FileSource(Block):
 
     kind: Literal["file"]
     path: str  # file or folder, relative to the project's root; DVC watches all of it
-    files: dict[Split, str] = {}  # file names in the folder; empty when `path` is the one file
+    files: dict[Split, Names] = {}  # file names in the folder; empty when `path` is the one file
 
-    def locations(self) -> dict[str, str]:
-        """Where each given split lies: {split: path}."""
+    def locations(self) -> dict[str, list[str]]:
+        """Where each given split lies: {split: paths}."""
         if not self.files:
-            return {"train": self.path}
-        return {split: str(Path(self.path) / name) for split, name in self.files.items()}
+            return {"train": [self.path]}
+        return {split: [str(Path(self.path) / name) for name in _listed(names)] for split, names in self.files.items()}
 
 
 class UrlSource(Block):
@@ -138,11 +143,11 @@ class UrlSource(Block):
 
     kind: Literal["url"]
     path: Literal["sources.lock"]
-    files: Annotated[dict[Split, str], Field(min_length=1)]
+    files: Annotated[dict[Split, Names], Field(min_length=1)]
 
-    def locations(self) -> dict[str, str]:
-        """Where each given split lies: {split: URL}."""
-        return {split: url for split, url in self.files.items()}
+    def locations(self) -> dict[str, list[str]]:
+        """Where each given split lies: {split: URLs}."""
+        return {split: _listed(urls) for split, urls in self.files.items()}
 
 
 class HubSource(Block):
@@ -159,8 +164,25 @@ class HubSource(Block):
 Source = Annotated[GeneratedSource | FileSource | UrlSource | HubSource, Field(discriminator="kind")]
 
 
+class SplitRule(Block):
+    """How splits are cut off the train rows where the source has none of them; all draws follow the seed."""
+
+    validation: Fraction  # share of the rows; a limit of that split goes before it
+    test: Fraction
+    seed: Seed
+    group: str | None  # column whose equal values stay on one side, such as the author or the document; null: none
+
+
+class Duplicates(Block):
+    """What counts as a copy, and what happens to one that stands in two splits."""
+
+    # Shared part of the 5-character pieces from which two rows are near copies; null: only equal rows are copies.
+    similarity: Annotated[float, Field(ge=0.5, lt=1)] | None
+    across: Literal["fail", "drop", "keep"]  # drop: the copy leaves train for validation's sake, both for test's
+
+
 class Limits(Block):
-    """The most rows that a split keeps, drawn by `split_seed`; null keeps all."""
+    """The most rows that a split keeps, drawn by `split.seed`; null keeps all."""
 
     train: Count | None
     validation: Count | None
@@ -173,16 +195,47 @@ class NoOptions(Block):
 
 class SqlOptions(Block):
     databases: str | None = None  # folder or .tar.gz with DB/DB.sqlite, for Spider rows
+    must_run: bool  # whether a row is rejected whose query SQLite cannot parse or run, or kept and only counted
 
 
 class MedOptions(Block):
     first_option: Literal[0, 1]  # how `cop` counts: MedMCQA's files from 1, the hub's copy from 0
 
 
+class CompletionOptions(Block):
+    """Columns of a prompt and its answer, or of a conversation.
+
+    `prompt` and `completion` each name a column, or are a template such as `Translate: {source}` over columns.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None  # column with a list of {role, content}; instead of the two above
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "CompletionOptions":
+        pair = (self.prompt is not None, self.completion is not None)
+        if not (all(pair) and self.messages is None or not any(pair) and self.messages is not None):
+            raise ValueError("name prompt and completion, or messages alone")
+        return self
+
+
+class ChoiceOptions(Block):
+    """Columns of a question, its options and the right one."""
+
+    question: str  # a column, or a template over columns
+    options: str | Annotated[list[str], Field(min_length=2, max_length=26)]  # one column with lists, or a column each
+    answer: str  # a column
+    answer_is: Literal["letter", "index0", "index1", "text"]  # A, B, ...; counted from 0 or 1; the option itself
+    subject: str | None = None  # a column by which accuracy is also told apart
+
+
 class TaskBase(Block):
     source: Source
+    license: str  # of the data, in the hub's spelling, such as apache-2.0; or unknown
     limits: Limits
-    split_seed: Seed
+    split: SplitRule
+    duplicates: Duplicates
     max_rejected: Fraction  # share of raw rows that may be bad before `prepare` fails
     training: dict[str, Any]  # overrides of `training` for this task, alike for every method
 
@@ -202,7 +255,17 @@ class FactTask(TaskBase):
     options: NoOptions
 
 
-TaskBlock = Annotated[SqlTask | MedTask | FactTask, Field(discriminator="kind")]
+class CompletionTask(TaskBase):
+    kind: Literal["completion"]
+    options: CompletionOptions
+
+
+class ChoiceTask(TaskBase):
+    kind: Literal["choice"]
+    options: ChoiceOptions
+
+
+TaskBlock = Annotated[SqlTask | MedTask | FactTask | CompletionTask | ChoiceTask, Field(discriminator="kind")]
 
 
 # --- methods -------------------------------------------------------------------------------------------------------
@@ -335,6 +398,8 @@ class NewTokens(Block):
     sql: Count
     med: Count
     fact: Count
+    completion: Count
+    choice: Count
 
 
 class Evaluation(Block):

@@ -166,7 +166,7 @@ def _split(
     name: str, block: TaskBlock, pools: dict[str, pd.DataFrame]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
     """The three splits within their limits, and how many rows left one because another holds their prompt."""
-    seed, limits = block.split_seed, block.limits
+    seed, limits = block.split.seed, block.limits
     pool = pools["train"].sample(frac=1, random_state=seed)
 
     def carve(limit: int | None) -> pd.DataFrame:

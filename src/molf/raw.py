@@ -97,12 +97,13 @@ def _read_source(name: str, block: TaskBlock) -> dict[str, tuple[str, Iterable[t
             if isinstance(source, UrlSource):
                 from molf.sources import url_sha256
 
-                for split, url in located.items():
-                    if url_sha256(url) != pinned(f"tasks.{name}", f"sha256:{split}"):
-                        raise UserError(
-                            f"{key}.files.{split}: {url} is not what sources.lock pins; run `molf pin` to take it"
-                        )
-            return {split: (location, read_rows(location)) for split, location in located.items()}
+                for split, urls in located.items():
+                    for url in urls:
+                        if url_sha256(url) != pinned(f"tasks.{name}", f"sha256:{url}"):
+                            raise UserError(
+                                f"{key}.files.{split}: {url} is not what sources.lock pins; run `molf pin` to take it"
+                            )
+            return {split: (paths[0], read_rows(paths[0])) for split, paths in located.items()}
 
 
 def read_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:

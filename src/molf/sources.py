@@ -14,7 +14,7 @@ def pinned(key: str, field: str, lock: Path = SOURCES_LOCK) -> str:
 
     Args:
         key: The block's key in params.yaml, such as `tasks.sql`.
-        field: `revision`, `sha256`, or `sha256:SPLIT` for a file behind a URL.
+        field: `revision`, `sha256`, or `sha256:URL` for a file behind a URL.
         lock: The file.
 
     Raises:
@@ -59,8 +59,9 @@ def pin(
         if isinstance(task.source, HubSource) and not SHA.fullmatch(task.source.revision):
             put(f"tasks.{name}", "revision", commit("dataset", task.source.id, task.source.revision))
         if isinstance(task.source, UrlSource):
-            for split, url in task.source.files.items():
-                put(f"tasks.{name}", f"sha256:{split}", url_hash(url))
+            for urls in task.source.locations().values():
+                for url in urls:
+                    put(f"tasks.{name}", f"sha256:{url}", url_hash(url))
     write_json(lock, dict(sorted(entries.items())))
     return changes
 

@@ -47,9 +47,11 @@ def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] 
                 "kind": task,
                 "source": {"kind": "generated", "path": "x.py", "seed": 0, "rows": {"train": 9}},
                 "limits": {"train": None, "validation": None, "test": None},
-                "split_seed": 0,
+                "license": "unknown",
+                "split": {"validation": 0.1, "test": 0.1, "seed": 0, "group": None},
+                "duplicates": {"similarity": 0.85, "across": "drop"},
                 "max_rejected": 0.01,
-                "options": {},
+                "options": {"sql": {"must_run": True}, "med": {"first_option": 1}}.get(task, {}),
                 "training": {},
             }
             for task in tasks
@@ -84,7 +86,10 @@ def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] 
             "keep": "none",
         },
         "checkpoint": {"minutes": None, "steps": None, "keep": 1},
-        "evaluation": {"batch_size": 8, "max_new_tokens": {"sql": 8, "med": 8, "fact": 8}},
+        "evaluation": {
+            "batch_size": 8,
+            "max_new_tokens": dict.fromkeys(("sql", "med", "fact", "completion", "choice"), 8),
+        },
         "compare": {"margin": 0.015, "confidence": 0.95, "bootstrap": 500, "seed": 0},
         "tracking": {"experiment": "molf"},
     }

@@ -14,7 +14,7 @@ import pytest
 from molf.config import Evaluation, NewTokens
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
-EVALUATION = Evaluation(batch_size=8, max_new_tokens=NewTokens(sql=64, med=4, fact=8))
+EVALUATION = Evaluation(batch_size=8, max_new_tokens=NewTokens(sql=64, med=4, fact=8, completion=16, choice=4))
 
 
 class StandIn:

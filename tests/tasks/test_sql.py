@@ -10,7 +10,7 @@ from molf.errors import RunError
 from molf.tasks import sql
 from tests.tasks.helpers import EVALUATION, SHARED, StandIn, real, rejected, with_ids
 
-OPTIONS = SqlOptions()
+OPTIONS = SqlOptions(must_run=True)
 PEOPLE = "CREATE TABLE people (name TEXT, age INT); INSERT INTO people VALUES ('Ann', 30), ('Bob', 40), ('Cy', 40);"
 
 
@@ -45,7 +45,9 @@ def test_both_sets_of_columns_become_the_same_examples(tmp_path: Path) -> None:
     spider = pd.DataFrame(
         {"db_id": ["zoo", "gone", "../zoo"], "question": "Q?", "context": " CREATE TABLE t (x)", "query": "SELECT 1 "}
     )
-    examples = with_ids(sql.to_examples(spider.set_index(pd.Index([4, 2, 9])), SqlOptions(databases=str(tmp_path))))
+    examples = with_ids(
+        sql.to_examples(spider.set_index(pd.Index([4, 2, 9])), SqlOptions(databases=str(tmp_path), must_run=True))
+    )
     sql.prepared_schema().validate(examples, lazy=True)
     assert examples.index.tolist() == [4, 2, 9]
     assert examples["db_id"].tolist() == ["zoo", "gone", "../zoo"]
@@ -156,7 +158,7 @@ def test_real_spider_rows(tmp_path: Path) -> None:
     with tarfile.open(SHARED / "sql/spider_databases.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*") if path.parent.name in set(frame["db_id"])}
-    scores = sql.metrics(gold_as_prediction(frame, SqlOptions(databases=str(tmp_path))))
+    scores = sql.metrics(gold_as_prediction(frame, SqlOptions(databases=str(tmp_path), must_run=True)))
     assert scores["execution_accuracy"] == scores["exact_match"] == 1.0
     assert scores["n"] == len(frame) and before
     assert before == {path: path.read_bytes() for path in before}
