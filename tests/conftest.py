@@ -178,3 +178,23 @@ def write_base(folder: Path, config: Any) -> Path:
 def frame(rows: int = 24) -> pd.DataFrame:
     prompts = [f"w{i % 13} w{i % 7} w{(3 * i) % 11}" + " w1" * (i % 4) for i in range(rows)]
     return pd.DataFrame({"prompt": prompts, "completion": [f" w{20 + i % 5}" + " w2" * (i % 3) for i in range(rows)]})
+
+
+def talks(rows: int = 24) -> pd.DataFrame:
+    """Conversations of one to three answers, as prepared rows have them."""
+    asked = frame(rows)
+    found = []
+    for i in range(rows):
+        turns = [{"role": "system", "content": "w39 w38"}] * (i % 2)
+        for j in range(1 + i % 3):
+            prompt, completion = asked.iloc[(i + j) % rows][["prompt", "completion"]]
+            turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+        found.append(turns)
+    return pd.DataFrame(
+        {
+            "example_id": [f"train-{i}" for i in range(rows)],
+            "prompt": ["what was said before"] * rows,
+            "completion": [turns[-1]["content"] for turns in found],
+            "messages": found,
+        }
+    )

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from molf.batches import Collator, SeededBatches, SeededOrder, encode_examples, total_steps
+from molf.batches import Collator, SeededBatches, SeededOrder, encode_examples, read_examples, total_steps
 from molf.config import Training, check_params, read_yaml
 from molf.encoding import IGNORED, left_pad
 from molf.errors import UserError
 from molf.models import load_tokenizer
-from tests.conftest import ROOT, frame
+from tests.conftest import ROOT, frame, talks
 
 
 def test_prompt_and_completion_are_encoded_apart_with_bos_and_eos(base: Path) -> None:
@@ -28,6 +28,35 @@ def test_long_examples_are_dropped_whole_and_counted(base: Path) -> None:
     assert [row for row in all_rows.rows if len(row["prompt"]) + len(row["completion"]) <= 7] == short.rows
     with pytest.raises(UserError, match="training.max_length: 2 tokens leave none of the 24 examples"):
         encode_examples(tokenizer, frame(), 2)
+
+
+def test_a_conversation_is_learnt_where_the_assistant_speaks(base: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    assert tokenizer.chat_template is None
+    talks().to_parquet(tmp_path / "train.parquet")
+    rows = read_examples(tmp_path / "train.parquet")
+    assert list(rows) == ["example_id", "prompt", "completion", "messages"]
+    examples = encode_examples(tokenizer, rows, 64)
+    assert "no chat template" in examples.warnings[0] and tokenizer.chat_template is not None
+    row = examples[1]  # system, and two questions with their answers
+    words = tokenizer.convert_ids_to_tokens([i for i in row["labels"] if i != IGNORED])
+    answers = [turn["content"].split() for turn in rows["messages"][1] if turn["role"] == "assistant"]
+    assert words == [*answers[0], "</s>", *answers[1], "</s>"]
+    assert row["labels"][0] != IGNORED and IGNORED in row["labels"] and len(row["labels"]) == len(row["completion"])
+    batch = Collator(tokenizer.pad_token_id)([examples[0], row])
+    learnt = batch["labels"] != IGNORED
+    assert (batch["labels"][learnt] == batch["input_ids"][learnt]).all()
+    assert int(learnt[1].sum()) == len(words)
+    lengths = [len(example["prompt"]) + len(example["completion"]) for example in examples.rows]
+    assert examples.longest() == (max(lengths), max(len(example["completion"]) for example in examples.rows) + 1)
+    # A second time nothing is to be said, and what is too long is left out whole.
+    again = encode_examples(tokenizer, rows, min(lengths))
+    assert not again.warnings and again.dropped_too_long == sum(length > min(lengths) for length in lengths)
+
+
+def test_rows_of_other_tasks_are_read_without_what_training_needs_not(tmp_path: Path) -> None:
+    frame(3).assign(example_id=["a", "b", "c"], answer="A").to_parquet(tmp_path / "train.parquet")
+    assert list(read_examples(tmp_path / "train.parquet")) == ["example_id", "prompt", "completion"]
 
 
 def test_padding_is_left_and_positions_count_from_the_first_real_token() -> None:

@@ -1,50 +1,63 @@
 """The training loop: the loss on supervised positions, the same batches for every method."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from molf.batches import Collator, encode_examples
 from molf.config import check_params, read_yaml
-from molf.encoding import IGNORED
+from molf.encoding import IGNORED, PLAIN_CHAT
 from molf.errors import RunError, UserError
 from molf.evaluation import LanguageModel
 from molf.methods import METHODS
 from molf.models import folder_hash, load_model, load_tokenizer
 from molf.training import Outcome, completion_loss, train, warmup_steps
-from tests.conftest import ROOT, frame
+from tests.conftest import ROOT, frame, talks
 
 
-def cell(base: Path, method: str, tmp_path: Path, **budget: Any) -> Outcome:
+def cell(base: Path, method: str, tmp_path: Path, rows: pd.DataFrame | None = None, **budget: Any) -> Outcome:
     data = read_yaml(ROOT / "params.yaml")
     data["training"] |= {"max_length": 32, "batch_size": 4, "epochs": 2, "threads": 1} | budget
     data["methods"]["molf-e"]["r"], data["methods"]["molf"]["r"] = [2, 4], [4]
     params = check_params(data, "test")
     return train(
-        base, frame(), params.methods[method], params.training, 3, tmp_path / f"weights-{method}", tmp_path / "scratch"
+        base,
+        frame() if rows is None else rows,
+        params.methods[method],
+        params.training,
+        3,
+        tmp_path / f"weights-{method}",
+        tmp_path / "scratch",
     )
 
 
-def test_the_loss_equals_that_of_the_head_on_every_position(base: Path) -> None:
+@pytest.mark.parametrize("rows", [frame, talks])
+def test_the_loss_equals_that_of_the_head_on_every_position(base: Path, rows: Callable[[int], pd.DataFrame]) -> None:
     tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
-    batch = Collator(tokenizer.pad_token_id)(encode_examples(tokenizer, frame(6), 32).rows)
+    batch = Collator(tokenizer.pad_token_id)(encode_examples(tokenizer, rows(6), 64).rows)
     fields = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**fields).logits[:, :-1]
     plain = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
     )
     torch.testing.assert_close(completion_loss(model, batch), plain)
-    assert int((batch["labels"] != IGNORED).sum()) == sum(2 + i % 3 for i in range(6))
+    answers = [[completion] for completion in frame(6)["completion"]]
+    if rows is talks:
+        answers = [[t["content"] for t in turns if t["role"] == "assistant"] for turns in talks(6)["messages"]]
+    assert int((batch["labels"] != IGNORED).sum()) == sum(len(x.split()) + 1 for said in answers for x in said)
 
 
-def test_padding_changes_no_loss(base: Path) -> None:
+@pytest.mark.parametrize("rows", [frame, talks])
+def test_padding_changes_no_loss(base: Path, rows: Callable[[int], pd.DataFrame]) -> None:
     tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
-    rows, collate = encode_examples(tokenizer, frame(6), 32).rows, Collator(tokenizer.pad_token_id)
-    total = sum(len(row["completion"]) for row in rows)
-    alone = sum(completion_loss(model, collate([row]), total) for row in rows)
-    torch.testing.assert_close(completion_loss(model, collate(rows)), alone)
+    examples, collate = encode_examples(tokenizer, rows(6), 64).rows, Collator(tokenizer.pad_token_id)
+    total = int((collate(examples)["labels"] != IGNORED).sum())
+    alone = sum(completion_loss(model, collate([row]), total) for row in examples)
+    torch.testing.assert_close(completion_loss(model, collate(examples)), alone)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,10 +106,13 @@ def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path, method
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize("method", ["fft", "molf"])
-def test_accumulated_micro_batches_equal_one_batch(base: Path, tmp_path: Path, method: str) -> None:
-    one = cell(base, method, tmp_path / "one", batch_size=4, gradient_accumulation=1)
-    four = cell(base, method, tmp_path / "four", batch_size=1, gradient_accumulation=4)
+@pytest.mark.parametrize(("method", "rows"), [("fft", frame), ("molf", frame), ("molf", talks)])
+def test_accumulated_micro_batches_equal_one_batch(
+    base: Path, tmp_path: Path, method: str, rows: Callable[[], pd.DataFrame]
+) -> None:
+    budget = {"max_length": 64}
+    one = cell(base, method, tmp_path / "one", rows(), **budget, batch_size=4, gradient_accumulation=1)
+    four = cell(base, method, tmp_path / "four", rows(), **budget, batch_size=1, gradient_accumulation=4)
     assert one.history["step"].tolist() == four.history["step"].tolist()
     for name in ("loss", "grad_norm"):
         torch.testing.assert_close(
@@ -105,6 +121,15 @@ def test_accumulated_micro_batches_equal_one_batch(base: Path, tmp_path: Path, m
             rtol=2e-3,
             atol=2e-3,
         )
+
+
+def test_conversations_are_learnt_and_their_template_is_saved(base: Path, tmp_path: Path) -> None:
+    outcome = cell(base, "fft", tmp_path, talks(), max_length=64, epochs=6)
+    losses = outcome.history["loss"]
+    assert losses.tail(4).mean() < losses.head(4).mean() - 0.2
+    assert "no chat template" in outcome.summary["warnings"][0]
+    assert load_tokenizer(base).chat_template is None
+    assert load_tokenizer(tmp_path / "weights-fft").chat_template == PLAIN_CHAT
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(

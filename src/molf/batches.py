@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from molf.config import Training
-from molf.encoding import IGNORED, encode_completion, encode_prompt, left_pad
+from molf.encoding import IGNORED, Chat, encode_completion, encode_prompt, left_pad
 from molf.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Examples(Dataset[dict[str, list[int]]]):
-    """Encoded examples: `prompt` and `completion` token ids, EOS included; too long ones left out and counted."""
+    """Encoded examples: `prompt` and `completion` token ids, EOS included; too long ones left out and counted.
+
+    A conversation's completion begins with its first answer, and has `labels` of its own: those of the turns between
+    its answers are -100.
+    """
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # of each row, for messages
     dropped_too_long: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,24 +47,39 @@ class Examples(Dataset[dict[str, list[int]]]):
         )
 
 
-def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, max_length: int) -> Examples:
-    """Encodes prompt and completion of each row; an example over `max_length` tokens is dropped, never cut.
+def read_examples(path: Path) -> pd.DataFrame:
+    """What training reads of prepared rows: example_id, prompt, completion, and messages where they are conversations.
 
     Args:
-        tokenizer: The base model's.
-        frame: Rows with `prompt` and `completion`, named by `example_id` where there is one, else by number.
+        path: The task's train.parquet.
+    """
+    import pyarrow.parquet
+
+    there = pyarrow.parquet.read_schema(path).names
+    wanted = ["example_id", "prompt", "completion", "messages"]
+    return pd.read_parquet(path, columns=[name for name in wanted if name in there])
+
+
+def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, max_length: int) -> Examples:
+    """Encodes each row; an example over `max_length` tokens is dropped, never cut.
+
+    Args:
+        tokenizer: The base model's. For conversations it gets a chat template if it has none, and a warning says so.
+        frame: Rows with `prompt` and `completion`, or with `messages`, which go before them; named by `example_id`
+            where there is one, else by number.
         max_length: Tokens of prompt and completion together.
 
     Raises:
-        UserError: No example is left.
+        UserError: No example is left, or the chat template does not fit the conversations.
     """
     examples = Examples()
+    if "messages" in frame and tokenizer.chat_template is None:
+        examples.warnings.append(
+            "the model's tokenizer has no chat template: one of ours marks the turns (`User: ...`, `Assistant: ...`), "
+            "and is saved with the trained model"
+        )
     names = frame["example_id"] if "example_id" in frame else range(len(frame))
-    for name, prompt, completion in zip(names, frame["prompt"], frame["completion"], strict=True):
-        row = {
-            "prompt": encode_prompt(tokenizer, prompt),
-            "completion": [*encode_completion(tokenizer, completion), tokenizer.eos_token_id],
-        }
+    for name, row in zip(names, _encoded(tokenizer, frame), strict=True):
         if len(row["prompt"]) + len(row["completion"]) > max_length:
             examples.dropped_too_long += 1
         else:
@@ -67,6 +88,22 @@ def encode_examples(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame, m
     if not examples.rows:
         raise UserError(f"training.max_length: {max_length} tokens leave none of the {len(frame)} examples; raise it")
     return examples
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", frame: pd.DataFrame) -> Iterator[dict[str, list[int]]]:
+    if "messages" not in frame:
+        for prompt, completion in zip(frame["prompt"], frame["completion"], strict=True):
+            yield {
+                "prompt": encode_prompt(tokenizer, prompt),
+                "completion": [*encode_completion(tokenizer, completion), tokenizer.eos_token_id],
+            }
+        return
+    chat = Chat(tokenizer)
+    for messages in frame["messages"]:
+        ids, labels = chat.encode(messages)
+        # Nothing predicts a text's first token.
+        start = max(1, next(i for i, label in enumerate(labels) if label != IGNORED))
+        yield {"prompt": ids[:start], "completion": ids[start:], "labels": labels[start:]}
 
 
 def optimizer_steps(examples: int, batch: int, accumulation: int) -> int:
@@ -139,7 +176,7 @@ class SeededBatches(Sampler[list[int]]):
 
 
 class Collator:
-    """Left-pads examples and marks the completion's tokens as the labels.
+    """Left-pads examples and marks the completion's tokens as the labels, or those of them that have one.
 
     Of no example it makes a row without a label: a process whose share of an epoch's last round is empty still has to
     take part in what all processes do together, and adds nothing to the loss.
@@ -153,6 +190,6 @@ class Collator:
         batch = left_pad(sequences or [[self.pad_id, self.pad_id]], self.pad_id)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for i, row in enumerate(rows):
-            count = len(row["completion"])
-            labels[i, -count:] = batch["input_ids"][i, -count:]
+            own = row.get("labels", row["completion"])
+            labels[i, -len(own) :] = torch.tensor(own, dtype=torch.long)
         return {**batch, "labels": labels}

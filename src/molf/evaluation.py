@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from molf.encoding import encode_completion, encode_prompt, left_pad
+from molf.encoding import Chat, Messages, encode_completion, encode_prompt, left_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,15 +35,31 @@ class LanguageModel:
     def generate(self, prompts: Iterable[str], max_new_tokens: int) -> list[str]:
         """Greedy text after each prompt, up to EOS or `max_new_tokens` tokens, without special tokens."""
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        return self._continued(encoded, max_new_tokens, [self.tokenizer.eos_token_id])
+
+    @torch.inference_mode()
+    def chat(self, conversations: Iterable[Messages], max_new_tokens: int) -> list[str]:
+        """The assistant's greedy answer to each conversation, up to the end of its turn or `max_new_tokens` tokens.
+
+        What the chat template itself writes before an answer's content is not part of the text.
+        """
+        chat = Chat(self.tokenizer)
+        encoded = [chat.encode_prompt(messages) for messages in conversations]
+        stops = [self.tokenizer.eos_token_id, *([] if chat.end is None else [chat.end])]
+        return [text.removeprefix(chat.before) for text in self._continued(encoded, max_new_tokens, stops)]
+
+    def _continued(self, encoded: list[list[int]], max_new_tokens: int, stops: list[int]) -> list[str]:
+        """Greedy text after each sequence, up to the first of the `stops` tokens, without special tokens."""
         texts = [""] * len(encoded)
         for rows in self._batches([len(ids) for ids in encoded], "generate"):
             inputs = self._inputs([encoded[i] for i in rows])
             output = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                generation_config=self._greedy(max_new_tokens),
+                generation_config=self._greedy(max_new_tokens, stops),
             )
-            new = output[:, inputs["input_ids"].shape[1] :]
+            # A token that ends a turn need not be one that decoding leaves out.
+            new = [_before(stops, row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
             for i, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 texts[i] = text
         return texts
@@ -97,14 +113,14 @@ class LanguageModel:
         padded = left_pad(sequences, self.tokenizer.pad_token_id)
         return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
 
-    def _greedy(self, max_new_tokens: int):  # type: ignore[no-untyped-def]  # transformers is imported late
+    def _greedy(self, max_new_tokens: int, stops: list[int]):  # type: ignore[no-untyped-def]  # transformers is imported late
         from transformers import GenerationConfig
 
         # A model's own generation defaults (sampling, top-k) must not reach a score.
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=stops,
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=self.tokenizer.bos_token_id,
         )
@@ -115,3 +131,8 @@ class LanguageModel:
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=what, unit="batch", disable=not self.progress, leave=False):
             yield order[start : start + self.batch_size]
+
+
+def _before(stops: Sequence[int], ids: list[int]) -> list[int]:
+    """The ids up to the first of the `stops`."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]

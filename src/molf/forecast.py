@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf import estimate, machine, sharding
-from molf.batches import encode_examples, total_steps
+from molf.batches import encode_examples, read_examples, total_steps
 from molf.config import (
     GgufModel,
     HubModel,
@@ -415,11 +415,9 @@ def task_lengths(model: str, task: str, max_length: int) -> Lengths | None:
     """Of a task's training examples under a model's tokenizer; None while one of the two is not made yet."""
     if not (built(model) and prepared(task)):
         return None
-    import pandas as pd
-
     from molf.models import load_tokenizer
 
-    frame = pd.read_parquet(PREPARED / task / "train.parquet")
+    frame = read_examples(PREPARED / task / "train.parquet")
     rows = encode_examples(load_tokenizer(MODELS / model), frame, max_length).rows
     return Lengths(
         [len(row["prompt"]) + len(row["completion"]) for row in rows], [len(row["completion"]) for row in rows]

@@ -17,9 +17,7 @@ def run() -> None:
     model, task, method, steps, file = sys.argv[1:]
     params = load_params()
 
-    import pandas as pd
-
-    from molf import models, training
+    from molf import batches, models, training
     from molf.methods import METHODS
 
     models.quiet()
@@ -30,7 +28,7 @@ def run() -> None:
     with tempfile.TemporaryDirectory(prefix="molf-probe-") as folder:
         outcome = training.train(
             base=MODELS / model,
-            examples_frame=pd.read_parquet(PREPARED / task / "train.parquet"),
+            examples_frame=batches.read_examples(PREPARED / task / "train.parquet"),
             block=block,
             training=budget,
             seed=0,

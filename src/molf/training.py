@@ -266,7 +266,7 @@ def train(
 
     Args:
         base: Folder of the base model.
-        examples_frame: Rows with `prompt` and `completion`, and `example_id` to name them by.
+        examples_frame: Rows as `encode_examples` takes them.
         block: The method's block of params.yaml.
         training: The budget, the task's overrides included.
         seed: Of the adapters' start, dropout and the order of examples.
@@ -433,7 +433,7 @@ def peak_memory() -> int:
 
 
 def _warnings(routing: dict[str, Any] | None, examples: Examples, machines: int) -> list[str]:
-    warnings = []
+    warnings = list(examples.warnings)
     if routing is not None and routing["one_sided"]:
         winner = max(routing["share"], key=routing["share"].get)
         warnings.append(f"one-sided routing: {winner} won every module in every step, so nothing was mixed")

@@ -28,9 +28,8 @@ def run() -> None:
 
 def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     """Trains it; of several processes the first alone writes results, logs and speaks."""
-    import pandas as pd
-
     from molf import checkpoint, closure, collective, machine, memory, methods, models, resume, tracking, training
+    from molf.batches import read_examples
 
     models.quiet()
     base = MODELS / cell.model
@@ -73,7 +72,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     with live_run as live, keeper.explaining(), memory.explained(base, block, budget):
         outcome = training.train(
             base=base,
-            examples_frame=pd.read_parquet(prepared / "train.parquet", columns=["example_id", "prompt", "completion"]),
+            examples_frame=read_examples(prepared / "train.parquet"),
             block=block,
             training=budget,
             seed=cell.seed,
