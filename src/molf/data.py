@@ -2,21 +2,52 @@
 
 import hashlib
 import json
-import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
+from molf import copies, splits
 from molf.config import TaskBlock
 from molf.errors import UserError
-from molf.paths import read_json, write_json, write_parquet
-from molf.tasks import TASKS
+from molf.paths import atomic, read_json, write_json, write_parquet
+from molf.tasks import TASKS, Task
+from molf.tasks.columns import NotUnicode
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
-HALF_PAIR = re.compile("[\ud800-\udfff]")
-CARVED = 0.1  # share of the rows that a split gets which the source lacks and no limit sizes
+CHUNK = 20_000  # rows that are looked at together; memory beside the kept rows does not grow with their number
+WHOLE_ROW = "(row)"  # stands for the column where a check is of the whole row
+REJECTED = ["split", "file", "source_row", "column", "check", "value", "record"]
+COPIES = ["split", "example_id", "of_split", "of_example_id", "similarity"]
+SHOWN, RECORD = 200, 2000  # characters of a value, and of a row, that rejected.parquet keeps
+FEW = 20  # rows below which shares of answers say nothing
+CLASSES = 26  # so many different answers are a choice, more are free text
+
+
+@dataclass
+class Pool:
+    """The good rows of one split of the source, each once.
+
+    Attributes:
+        examples: Prepared rows: (rows,).
+        keys: Of each row's prompt and completion (`copies.exact_keys`): (rows, 2).
+        prompts: Of each row's prompt: (rows, 2).
+        groups: Of each row's group, or None: (rows, 2).
+        signatures: MinHash signatures, or None: (rows, permutations).
+    """
+
+    examples: "pa.Table"
+    keys: np.ndarray
+    prompts: np.ndarray
+    groups: np.ndarray | None
+    signatures: np.ndarray | None
 
 
 def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str, Any]:
@@ -26,110 +57,259 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
         name: The block's key below `tasks`.
         block: Kind, limits, options, `max_rejected`.
         raw: `fetch`'s folder.
-        directory: Emptied first; afterwards train, validation, test and rejected.parquet, and summary.json.
+        directory: Emptied first; afterwards train, validation, test, rejected and copies.parquet, and summary.json.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        UserError: More than `max_rejected` of the rows are bad (with a table of reasons), or a split is left empty.
+        UserError: More than `max_rejected` of the rows are bad (with a table of reasons), a split holds copies of
+            another's rows that are not allowed there, or a split is left empty.
     """
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
-    task, source = TASKS[block.kind], read_json(raw / "source.json")
+    source = read_json(raw / "source.json")
     options: Any = block.options
     if block.kind == "sql" and options.databases is not None:
         options = options.model_copy(update={"databases": str(raw / "databases")})
-    pools: dict[str, pd.DataFrame] = {}
-    rejected = []
+    pools: dict[str, Pool] = {}
     counts: dict[str, dict[str, int]] = {}
+    bad: list[pd.DataFrame] = []
+    doubles: list[pd.DataFrame] = []
     for split in source["files"]:
-        rows = pd.read_parquet(raw / f"{split}.parquet")
-        records = pd.DataFrame([_record(text) for text in rows["record"]], index=rows["source_row"], dtype=object)
-        for column in next(c for c in task.columns() if set(c) <= set(records.columns)):
-            records[column] = records[column].where(records[column].notna(), None)
-        flat = task.normalise(records, options)
-        bad = _failures(task.raw_schema(options), flat)
-        bad.insert(0, "split", split)
-        rejected.append(bad)
-        good = flat[~flat.index.isin(bad["source_row"])]
-        examples = task.to_examples(good, options)
-        examples.insert(0, "example_id", [f"{split}-{number}" for number in examples.index])
-        doubled = examples.duplicated(["prompt", "completion"])
-        pools[split] = examples[~doubled].reset_index(drop=True)
-        counts[split] = {
-            "raw": len(flat),
-            "rejected": len(flat) - len(good),
-            "duplicates": int(doubled.sum()),
-        }
-    failures = pd.concat(rejected, ignore_index=True)
-    _refuse_many(name, block, failures, counts, pools)
-    write_parquet(directory / "rejected.parquet", failures)
-    splits, leaks = _split(name, block, pools)
+        pool, failures, total = _read(TASKS[block.kind], block, options, source, raw, split)
+        bad.append(failures)
+        pools[split], doubled = _once(split, pool)
+        doubles.append(doubled)
+        places = failures.loc[failures["rejected"], ["file", "source_row"]].drop_duplicates()
+        counts[split] = {"raw": total, "rejected": len(places), "duplicates": len(doubled), "near_duplicates": 0}
+    failures = pd.concat(bad, ignore_index=True)
+    write_parquet(directory / "rejected.parquet", failures.loc[failures["rejected"], REJECTED])
+    _refuse_many(name, block, failures, counts, pools, directory)
+    placed = Placing(name, block, pools)
+    for split, near in placed.near_inside().items():
+        counts[split]["near_duplicates"] = near
+    write_parquet(directory / "copies.parquet", pd.concat([*doubles, placed.copies()], ignore_index=True))
+    placed.refuse_leaks()
+    digest = hashlib.sha256()
+    described: dict[str, Any] = {"answers": {}, "lengths": {}}
     for split in SPLITS:
-        if not len(splits[split]):
+        table = placed.table(split)
+        if not len(table):
             raise UserError(f"tasks.{name}: no row is left for {split}; give it rows or a smaller limit to the others")
-        _own_databases(splits[split], directory, name)
-        task.prepared_schema().validate(splits[split])
-        write_parquet(directory / f"{split}.parquet", splits[split])
-        counts.setdefault(split, {"raw": 0, "rejected": 0, "duplicates": 0})["kept"] = len(splits[split])
-    reasons = failures.drop_duplicates(["split", "source_row", "check"])["check"].value_counts()
+        table = _own_databases(table, directory, name)
+        _write(directory / f"{split}.parquet", table, TASKS[block.kind], digest, split)
+        described["answers"][split], described["lengths"][split] = _answers(table), _lengths(table)
+        counts.setdefault(split, dict.fromkeys(("raw", "rejected", "duplicates", "near_duplicates"), 0))
+        counts[split]["kept"] = len(table)
+    for path in sorted((directory / "databases").glob("*")):
+        digest.update(path.name.encode() + path.read_bytes())
     summary = {
         "task": name,
         "kind": block.kind,
         "generated": source["generated"],
+        "license": block.license,
         "source": source,
         "rows": counts,
-        "reasons": {str(check): int(count) for check, count in reasons.items()},
-        "leaks": leaks,
-        "data_hash": _data_hash(splits, directory),
+        "reasons": _reasons(failures[failures["rejected"]]),
+        "noticed": _reasons(failures[~failures["rejected"]]),
+        "leaks": placed.leaks,
+        **described,
+        "data_hash": digest.hexdigest()[:16],
     }
+    summary["warnings"] = _warnings(summary)
     write_json(directory / "summary.json", summary)
     return summary
 
 
+# --- reading and checking ------------------------------------------------------------------------------------------
+
+
+def _read(
+    task: Task, block: TaskBlock, options: Any, source: dict[str, Any], raw: Path, split: str
+) -> tuple[Pool, pd.DataFrame, int]:
+    """The good rows of a split, every failed check (REJECTED and whether it rejects), and the number of all rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tqdm import tqdm
+
+    file = pq.ParquetFile(raw / f"{split}.parquet")
+    several = len(source["files"][split]) > 1
+    schema, tolerated = task.raw_schema(options), task.tolerated(options)
+    tables: list[pa.Table] = []
+    arrays: dict[str, list[np.ndarray]] = {"keys": [], "prompts": [], "groups": [], "signatures": []}
+    failures = []
+    with tqdm(total=file.metadata.num_rows, desc=split, unit=" rows", disable=None, leave=False) as bar:
+        for batch in file.iter_batches(batch_size=CHUNK):
+            bar.update(len(batch))
+            rows = batch.to_pandas()
+            broken = rows[rows["problem"].notna()]
+            failures.append(_unread(split, broken))
+            rows = rows[rows["problem"].isna()]
+            if rows.empty:
+                continue
+            records = [_record(text) for text in rows["record"]]
+            columns = {
+                column: pd.Series([record.get(column) for record in records], index=rows.index, dtype=object)
+                for column in source["columns"][split]
+            }
+            flat = task.normalise(pd.DataFrame(columns), options)
+            failed = _failures(schema, flat)
+            failed["rejected"] = ~failed["check"].isin(tolerated)
+            failures.append(_placed(split, failed, rows))
+            good = flat[~flat.index.isin(failed.loc[failed["rejected"], "index"])]
+            if good.empty:
+                continue
+            examples = task.to_examples(good, options)
+            kept = rows.loc[good.index]
+            place = kept["source_row"].astype(str)
+            if several:
+                place = (kept["file"] + 1).astype(str) + "-" + place
+            examples.insert(0, "example_id", split + "-" + place)
+            tables.append(pa.Table.from_pandas(examples, preserve_index=False))
+            arrays["prompts"].append(copies.exact_keys(examples["prompt"]))
+            arrays["keys"].append(copies.exact_keys(examples["prompt"] + "\0" + examples["completion"]))
+            if block.split.group is not None:
+                arrays["groups"].append(copies.exact_keys(columns[block.split.group][good.index].map(_group)))
+            if block.duplicates.similarity is not None:
+                arrays["signatures"].append(copies.signatures(task.identity(good, options)))
+    table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({"example_id": []})
+    joined = {name: np.concatenate(parts) if parts else None for name, parts in arrays.items()}
+    empty = copies.exact_keys([])
+    pool = Pool(
+        table,
+        empty if joined["keys"] is None else joined["keys"],
+        empty if joined["prompts"] is None else joined["prompts"],
+        joined["groups"],
+        joined["signatures"],
+    )
+    return pool, pd.concat(failures, ignore_index=True), file.metadata.num_rows
+
+
 def _record(text: str) -> dict[str, Any]:
-    """A row from its JSON; halves of surrogate pairs, which no file can hold, become NUL, which the checks reject."""
+    """A row from its JSON; texts that no file can hold are marked, so that a check can name them."""
     record: dict[str, Any] = json.loads(text)
-    if "\\ud" in text:
-        plain = json.dumps(record, ensure_ascii=False)
-        record = json.loads(HALF_PAIR.sub(r"\\u0000", plain))
-    return record
+    return _marked(record) if "\\ud" in text.lower() else record
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _marked(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_marked(inner) for inner in value]
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return NotUnicode(value)
+    return value
+
+
+def _group(value: object) -> str:
+    """A group's name as text; what is missing has none."""
+    return "" if value is None else json.dumps(value, sort_keys=True)
+
+
+def _unread(split: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that could not even be read, as failed checks."""
+    texts = [_shown(json.loads(record), RECORD) for record in rows["record"]]
+    return pd.DataFrame(
+        {
+            "split": split,
+            "file": rows["file"].astype("int64"),
+            "source_row": rows["source_row"],
+            "column": WHOLE_ROW,
+            "check": rows["problem"].astype(str),
+            "value": [text[:SHOWN] for text in texts],
+            "record": texts,
+            "rejected": True,
+        }
+    )
+
+
+def _placed(split: str, failed: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Failed checks with their place in the source."""
+    at = rows.loc[failed["index"]]
+    return pd.DataFrame(
+        {
+            "split": split,
+            "file": at["file"].to_numpy("int64"),
+            "source_row": at["source_row"].to_numpy(),
+            "column": failed["column"].to_numpy(),
+            "check": failed["check"].to_numpy(),
+            "value": failed["value"].to_numpy(),
+            "record": [text[:RECORD] for text in at["record"]],
+            "rejected": failed["rejected"].to_numpy(),
+        }
+    )
 
 
 def _failures(schema: Any, frame: pd.DataFrame) -> pd.DataFrame:
-    """Every failed check: source_row, column, check, value."""
+    """Every failed check: index, column, check, value."""
     from pandera.errors import SchemaErrors
 
-    columns = ["source_row", "column", "check", "value"]
     try:
         schema.validate(frame, lazy=True)
     except SchemaErrors as errors:
         cases = errors.failure_cases
         whole = cases["schema_context"] == "DataFrameSchema"
-        # A check of whole rows comes back once for every column.
-        cases = cases.assign(
-            column=cases["column"].where(~whole, "(row)"), failure_case=cases["failure_case"].where(~whole, "")
-        )
-        cases = cases.drop_duplicates(["index", "column", "check"]).sort_values(["index", "column"], kind="stable")
         if cases["index"].isna().any():
             wrong = cases[cases["index"].isna()].iloc[0]
             raise UserError(f"column {wrong['column']}: {wrong['check']}") from None
+        cases = cases.assign(column=cases["column"].where(~whole, WHOLE_ROW), index=cases["index"].astype("int64"))
+        # A check of whole rows comes back once for every column.
+        cases = cases.drop_duplicates(["index", "column", "check"]).sort_values(["index", "column"], kind="stable")
+        rows = cases["column"] == WHOLE_ROW
+        values = [
+            _shown(json.dumps(frame.loc[index].to_dict(), default=str, ensure_ascii=False) if of_row else value, SHOWN)
+            for index, value, of_row in zip(cases["index"], cases["failure_case"], rows, strict=True)
+        ]
         return pd.DataFrame(
             {
-                "source_row": cases["index"].astype("int64"),
-                "column": cases["column"].astype(str),
-                "check": cases["check"].astype(str),
-                "value": [_shown(value) for value in cases["failure_case"]],
+                "index": cases["index"].to_numpy(),
+                "column": cases["column"].astype(str).to_numpy(),
+                "check": cases["check"].astype(str).to_numpy(),
+                "value": values,
             }
-        ).reset_index(drop=True)
-    return pd.DataFrame({name: pd.Series(dtype="int64" if name == "source_row" else str) for name in columns})
+        )
+    none = {
+        name: pd.Series(dtype="int64" if name == "index" else str) for name in ("index", "column", "check", "value")
+    }
+    return pd.DataFrame(none)
 
 
-def _shown(value: object) -> str:
-    """A value as text that any file can hold, cut at 200 characters."""
-    return str(value).encode("utf-8", "backslashreplace").decode()[:200]
+def _shown(value: object, most: int) -> str:
+    """A value as text that any file can hold, cut."""
+    return str(value)[:most].encode("utf-8", "backslashreplace").decode()
+
+
+def _once(split: str, pool: Pool) -> tuple[Pool, pd.DataFrame]:
+    """The pool with equal rows once, and the rows that went (COPIES)."""
+    origin = _first_equal(pool.keys)
+    kept = origin == np.arange(len(origin))
+    names = pool.examples["example_id"].to_numpy()
+    gone = pd.DataFrame(
+        {
+            "split": split,
+            "example_id": names[~kept],
+            "of_split": split,
+            "of_example_id": names[origin[~kept]],
+            "similarity": 1.0,
+        },
+        columns=COPIES,
+    )
+    if kept.all():
+        return pool, gone
+    others = (pool.keys, pool.prompts, pool.groups, pool.signatures)
+    return Pool(pool.examples.filter(kept), *(None if a is None else a[kept] for a in others)), gone  # type: ignore[arg-type]
+
+
+def _first_equal(keys: np.ndarray) -> np.ndarray:
+    """For each key the number of the first one that equals it: (rows, 2) to (rows,)."""
+    pairs = np.ascontiguousarray(keys).view([("high", keys.dtype), ("low", keys.dtype)]).ravel()
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    return first[inverse]
 
 
 def _refuse_many(
@@ -137,116 +317,310 @@ def _refuse_many(
     block: TaskBlock,
     failures: pd.DataFrame,
     counts: dict[str, dict[str, int]],
-    pools: dict[str, pd.DataFrame],
+    pools: dict[str, Pool],
+    directory: Path,
 ) -> None:
     rows, bad = sum(count["raw"] for count in counts.values()), sum(count["rejected"] for count in counts.values())
-    if bad <= block.max_rejected * rows and any(map(len, pools.values())):
+    if bad <= block.max_rejected * rows and any(len(pool.examples) for pool in pools.values()):
         return
     lines = [
-        f"tasks.{name}: {bad} of {rows} rows are rejected ({bad / rows:.1%}), "
+        f"tasks.{name}: {bad:,} of {rows:,} rows are rejected ({bad / rows:.1%}), "
         f"max_rejected allows {block.max_rejected:.1%}:"
     ]
-    for (split, column, check), group in failures.groupby(["split", "column", "check"], sort=False):
-        first = group.iloc[0]
-        shown = f" ({first['value']!r})" if first["value"] else ""
-        lines.append(f"    {split}, {column}: {check}: {len(group)} rows, first row {first['source_row']}{shown}")
-    if block.kind == "med":
-        wrong = set(failures.loc[failures["column"] == "cop", "value"])
-        first_option = block.options.first_option
-        # Counted from the other end, the wrong values are just the one that lies outside.
-        if wrong == {"0"} and first_option == 1 or wrong == {"4"} and first_option == 0:
-            lines.append(
-                f"    `cop` seems to count from {1 - first_option}: set tasks.{name}.options.first_option to "
-                f"{1 - first_option} (every answer would else be shifted by one)"
-            )
+    rejected = failures[failures["rejected"]]
+    for reason in _reasons(rejected):
+        first = reason["first"]
+        shown = f" ({first['value']!r})" if first["value"] and reason["column"] != WHOLE_ROW else ""
+        lines.append(
+            f"    {reason['split']}, {reason['column']}: {reason['check']}: {reason['rows']:,} rows, "
+            f"first row {first['source_row']}{shown}"
+        )
+    hint = TASKS[block.kind].hint(rejected, block.options)
+    lines += [f"    {hint}"] if hint else []
+    lines.append(f"    each with its value: {directory / 'rejected.parquet'}")
     raise UserError("\n".join(lines))
 
 
-def _split(
-    name: str, block: TaskBlock, pools: dict[str, pd.DataFrame]
-) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """The three splits within their limits, and how many rows left one because another holds their prompt."""
-    seed, limits = block.split.seed, block.limits
-    pool = pools["train"].sample(frac=1, random_state=seed)
+def _reasons(failures: pd.DataFrame) -> list[dict[str, Any]]:
+    """Failed checks by split, column and check, the most frequent first."""
+    found = []
+    for (split, column, check), group in failures.groupby(["split", "column", "check"], sort=False):
+        first = group.iloc[0]
+        place = {"file": int(first["file"]), "source_row": int(first["source_row"]), "value": first["value"]}
+        found.append({"split": split, "column": column, "check": check, "rows": len(group), "first": place})
+    return sorted(found, key=lambda reason: -reason["rows"])
 
-    def carve(limit: int | None) -> pd.DataFrame:
-        """Cuts rows off the train rows: as many as the limit says, else a tenth, at least one."""
-        nonlocal pool
-        count = limit or max(1, int(len(pools["train"]) * CARVED))
-        part, pool = pool.head(count), pool.iloc[count:]
-        return part
 
-    if block.kind == "fact":
-        given = {"source: a test split": "test" in pools, "limits.test": limits.test}
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+class Placing:
+    """The rows of all pools, numbered through, and the split in which each lies in the end.
+
+    Attributes:
+        leaks: What summary.json says of copies across splits.
+    """
+
+    def __init__(self, name: str, block: TaskBlock, pools: dict[str, Pool]) -> None:
+        self.name, self.block, self.pools = name, block, pools
+        sizes = [len(pool.examples) for pool in pools.values()]
+        self.starts = dict(zip(pools, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        source = np.repeat(np.arange(len(pools)), sizes)
+        prompts = _first_equal(np.concatenate([pool.prompts for pool in pools.values()]))
+        self.rows = splits.Rows(
+            source, prompts, self._groups(sum(sizes)), self._signatures(), block.duplicates.similarity
+        )
+        self.left, self.right, self.estimate = self.rows.pairs()
+        self.near = copies.clusters(sum(sizes), self.left, self.right)
+        self.leaks: list[dict[str, Any]] = []
+        self._refused: list[tuple[str, str, splits.Leak]] = []
+        self.chosen = self._facts() if block.kind == "fact" else self._splits()
+
+    def _groups(self, count: int) -> np.ndarray:
+        if self.block.split.group is None:
+            return np.full(count, -1)
+        keys = np.concatenate([pool.groups for pool in self.pools.values() if pool.groups is not None])
+        return np.where((keys == copies.exact_keys([""])).all(axis=1), -1, _first_equal(keys))
+
+    def _signatures(self) -> np.ndarray | None:
+        parts = [pool.signatures for pool in self.pools.values() if pool.signatures is not None]
+        if not parts:
+            return None
+        for pool in self.pools.values():
+            pool.signatures = None  # at a million rows half a gigabyte, which need not be held twice
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _of(self, split: str) -> np.ndarray:
+        """Row numbers of a split of the source."""
+        return self.starts[split] + np.arange(len(self.pools[split].examples))
+
+    def _cut(self, pool: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Cuts rows off a pool for a split that the source lacks: as many as its limit or share says."""
+        share = getattr(self.block.split, split)
+        count = getattr(self.block.limits, split) or max(1, int(len(self.pools["train"].examples) * share))
+        labels = splits.units(self.rows, self.left, self.right, count)
+        part = splits.cut(labels[pool], count, self.block.split.seed + SPLITS.index(split))
+        return pool[part], pool[~part]
+
+    def _limited(self, rows: np.ndarray, split: str) -> np.ndarray:
+        """At most as many rows as the limit says, drawn by the seed, in their order."""
+        limit = getattr(self.block.limits, split)
+        if limit is None or limit >= len(rows):
+            return np.sort(rows)
+        return np.sort(np.random.default_rng(self.block.split.seed).choice(rows, limit, replace=False))
+
+    def _facts(self) -> dict[str, np.ndarray]:
+        """Trained and scored on the same facts by definition, and tuned on others."""
+        limits, pool = self.block.limits, self._of("train")
+        given = {"source: a test split": "test" in self.pools, "limits.test": limits.test}
         if any(given.values()):
             why = "fact is scored on the facts that it trains; leave it out"
-            raise UserError([f"tasks.{name}.{what}: {why}" for what, has in given.items() if has])
-        # Trained and scored on the same facts by definition; tuned on others, so the facts are drawn first.
-        if "validation" in pools:
-            facts, others = pool.head(limits.train or len(pool)), pools["validation"]
+            raise UserError([f"tasks.{self.name}.{what}: {why}" for what, has in given.items() if has])
+        if "validation" in self.pools:
+            others = self._of("validation")
         elif limits.train:
-            facts, others = pool.head(limits.train), pool.iloc[limits.train :]
+            shuffled = np.random.default_rng(self.block.split.seed).permutation(pool)
+            pool, others = shuffled[: limits.train], shuffled[limits.train :]
         else:
-            others = carve(limits.validation)
-            facts = pool
-        others, seen = _without(others, facts)
-        facts = facts.sort_index().reset_index(drop=True)
-        validation = _limited(others, limits.validation, seed)
-        return {"train": facts, "validation": validation, "test": facts}, {"validation rows also in train": seen}
-    test = _limited(pools["test"] if "test" in pools else carve(limits.test), limits.test, seed)
-    rest, in_test = _without(pools["validation"] if "validation" in pools else carve(limits.validation), test)
-    validation = _limited(rest, limits.validation, seed)
-    train, held_out = _without(pool, pd.concat([test, validation]))
-    leaks = {"validation rows also in test": in_test, "train rows also in test or validation": held_out}
-    return {"train": _limited(train, limits.train, seed), "validation": validation, "test": test}, leaks
+            others, pool = self._cut(pool, "validation")
+        facts = self._limited(pool, "train")
+        seen = np.isin(self.rows.prompt[others], self.rows.prompt[facts])
+        self._note("validation", "train", splits.leak(self.rows, self.near, others[seen], facts), dropped=True)
+        return {"train": facts, "validation": self._limited(others[~seen], "validation"), "test": facts}
+
+    def _splits(self) -> dict[str, np.ndarray]:
+        pool = self._of("train")
+        cut: set[str] = set()
+        parts: dict[str, np.ndarray] = {}
+        for split in ("test", "validation"):
+            if split in self.pools:
+                parts[split] = self._of(split)
+            else:
+                parts[split], pool = self._cut(pool, split)
+                cut.add(split)
+        parts["test"] = self._limited(parts["test"], "test")
+        parts["validation"] = self._apart("validation", parts["validation"], {"test": parts["test"]}, cut)
+        parts["validation"] = self._limited(parts["validation"], "validation")
+        others = {split: parts[split] for split in ("test", "validation")}
+        parts["train"] = self._limited(self._apart("train", pool, others, cut), "train")
+        return parts
+
+    def _apart(self, split: str, rows: np.ndarray, others: dict[str, np.ndarray], cut: set[str]) -> np.ndarray:
+        """The rows of which the other splits hold no copy, or all where copies are kept.
+
+        What was cut here is no mistake of the source, so its few copies, of chains too long for one side, just leave.
+        """
+        across = self.block.duplicates.across
+        gone = []
+        for of, theirs in others.items():
+            found = splits.leak(self.rows, self.near, rows, theirs)
+            dropped = across == "drop" or (across == "fail" and bool(cut & {split, of}))
+            self._note(split, of, found, dropped)
+            if dropped:
+                gone.append(found.rows)
+            elif across == "fail" and len(found.rows):
+                self._refused.append((split, of, found))
+        return np.setdiff1d(rows, np.concatenate(gone)) if gone else rows
+
+    def _note(self, split: str, of: str, found: splits.Leak, dropped: bool) -> None:
+        if len(found.rows):
+            self.leaks.append(found.said(split, of, dropped))
+
+    def refuse_leaks(self) -> None:
+        """Raises `UserError` for copies across splits that the block does not allow."""
+        if not self._refused:
+            return
+        lines = [f"tasks.{self.name}: rows of one split have copies in another, so its scores would flatter:"]
+        for split, of, found in self._refused:
+            exact = int(found.exact.sum())
+            best = int(np.argmax(found.similarity))
+            one, other = self._name(found.rows[best]), self._name(found.of[best])
+            lines.append(
+                f"    {split} rows also in {of}: {exact:,} with an equal prompt, {len(found.rows) - exact:,} near "
+                f"copies; such as {one} and {other}"
+            )
+        lines.append(
+            f"    set tasks.{self.name}.duplicates.across to drop (they leave {self._refused[0][0]}) or keep, mend the "
+            "files, or raise duplicates.similarity"
+        )
+        raise UserError("\n".join(lines))
+
+    def _name(self, row: int) -> str:
+        split = list(self.pools)[int(self.rows.source[row])]
+        return str(self.pools[split].examples["example_id"][int(row) - self.starts[split]])
+
+    def near_inside(self) -> dict[str, int]:
+        """How many rows of each split of the source have a near copy before them there."""
+        own = self.rows.source[self.left] == self.rows.source[self.right]
+        later = np.unique(self.right[own])
+        counts = np.bincount(self.rows.source[later], minlength=len(self.pools))
+        return dict(zip(self.pools, counts.tolist(), strict=True))
+
+    def copies(self) -> pd.DataFrame:
+        """Every pair of near copies that was found, inside and across splits of the source (COPIES)."""
+        names = np.concatenate([pool.examples["example_id"].to_numpy() for pool in self.pools.values()])
+        labels = np.array(list(self.pools), dtype=object)
+        source = self.rows.source
+        return pd.DataFrame(
+            {
+                "split": labels[source[self.right]],
+                "example_id": names[self.right],
+                "of_split": labels[source[self.left]],
+                "of_example_id": names[self.left],
+                "similarity": self.estimate.astype(np.float64),
+            },
+            columns=COPIES,
+        )
+
+    def table(self, split: str) -> "pa.Table":
+        """The examples of a split, in the order of their source."""
+        import pyarrow as pa
+
+        parts = []
+        for name, pool in self.pools.items():
+            own = self.chosen[split] - self.starts[name]
+            mask = np.zeros(len(pool.examples), dtype=bool)
+            mask[own[(own >= 0) & (own < len(mask))]] = True
+            if mask.any():
+                parts.append(pool.examples.filter(mask))
+        return pa.concat_tables(parts, promote_options="default") if parts else self.pools["train"].examples.slice(0, 0)
 
 
-def _without(rows: pd.DataFrame, others: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Rows whose prompt stands not among the others', and the number of those left out."""
-    seen = rows["prompt"].isin(others["prompt"])
-    return rows[~seen], int(seen.sum())
+# --- writing and describing ----------------------------------------------------------------------------------------
 
 
-def _limited(pool: pd.DataFrame, limit: int | None, seed: int) -> pd.DataFrame:
-    """At most `limit` rows, drawn by the seed, in their order."""
-    drawn = pool if limit is None or limit >= len(pool) else pool.sample(n=limit, random_state=seed)
-    return drawn.sort_index().reset_index(drop=True)
+def _frames(table: "pa.Table") -> Iterator[pd.DataFrame]:
+    for start in range(0, len(table), CHUNK):
+        yield table.slice(start, CHUNK).to_pandas()
 
 
-def _own_databases(frame: pd.DataFrame, directory: Path, name: str) -> None:
+def _write(path: Path, table: "pa.Table", task: Task, digest: Any, split: str) -> None:
+    """Checks prepared rows, writes them, and adds them to the digest of the data."""
+    import pyarrow.parquet as pq
+
+    schema = task.prepared_schema()
+    digest.update(split.encode())
+    for frame in _frames(table):
+        schema.validate(frame)
+        digest.update(frame.to_json(orient="records", lines=True, force_ascii=True).encode())
+    atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", row_group_size=CHUNK))
+
+
+def _own_databases(table: "pa.Table", directory: Path, name: str) -> "pa.Table":
     """Copies the databases that rows run on beside them, and points the rows there.
 
     Raises:
         UserError: Every row names a database and none is there, so that no query could run.
     """
-    if "database" not in frame:
-        return
-    if (frame["db_id"].notna() & frame["database"].isna()).all():
+    import pyarrow as pa
+
+    if "database" not in table.column_names:
+        return table
+    names, files = table["db_id"].to_pylist(), table["database"].to_pylist()
+    if all(name and not file for name, file in zip(names, files, strict=True)):
         raise UserError(
-            f"tasks.{name}.options.databases: the queries run on databases such as {frame['db_id'].iloc[0]}, and none "
-            "is here; set it to the folder or archive that holds DB/DB.sqlite"
+            f"tasks.{name}.options.databases: the queries run on databases such as {names[0]}, and none is here; set "
+            "it to the folder or archive that holds DB/DB.sqlite"
         )
-    paths: list[str | None] = []
-    for value in frame["database"]:
-        if not isinstance(value, str):
-            paths.append(None)
-            continue
-        target = directory / "databases" / Path(value).name
+    targets = {file: directory / "databases" / Path(file).name for file in set(files) if file}
+    for file, target in targets.items():
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(value, target)
-        paths.append(str(target))
-    frame["database"] = pd.Series(paths, index=frame.index, dtype=str)
+            shutil.copyfile(file, target)
+    column = pa.array([str(targets[file]) if file else None for file in files], pa.large_string())
+    return table.set_column(table.column_names.index("database"), "database", column)
 
 
-def _data_hash(splits: dict[str, pd.DataFrame], directory: Path) -> str:
-    """sha256 over the kept rows and their databases, as 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        digest.update(split.encode() + splits[split].to_json(orient="records", force_ascii=True).encode())
-    for path in sorted((directory / "databases").glob("*")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def _answers(table: "pa.Table") -> dict[str, Any]:
+    """How the answers are shared out: the most common one, its share, and how many there are."""
+    counts = table["completion"].value_counts().to_pandas()
+    frequent = pd.DataFrame({"answer": [c["values"] for c in counts], "rows": [c["counts"] for c in counts]})
+    first = frequent.sort_values(["rows", "answer"], ascending=[False, True]).iloc[0]
+    share = float(first["rows"] / len(table))
+    return {"most_common": str(first["answer"]).strip()[:SHOWN], "share": share, "distinct": len(frequent)}
+
+
+def _lengths(table: "pa.Table") -> dict[str, dict[str, int]]:
+    """Characters of prompts and completions: median, 95th percentile, longest."""
+    import pyarrow.compute as pc
+
+    found = {}
+    for column in ("prompt", "completion"):
+        lengths = pc.utf8_length(table[column]).to_numpy()
+        low, high = np.percentile(lengths, [50, 95], method="nearest")
+        found[column] = {"median": int(low), "p95": int(high), "longest": int(lengths.max())}
+    return found
+
+
+def _warnings(summary: dict[str, Any]) -> list[str]:
+    """What a person should know before trusting a score on this data."""
+    said = []
+    for split, answers in summary["answers"].items():
+        # Of few answers one may be half as frequent again as its equal share; of many, half of all.
+        fair = 0.5 if answers["distinct"] > CLASSES else max(0.3, 1.5 / answers["distinct"])
+        if summary["rows"][split]["kept"] >= FEW and answers["share"] > min(fair, 0.99):
+            said.append(
+                f"{split}: {answers['share']:.0%} of the answers are {answers['most_common']!r}; a model that always "
+                f"says it would be right so often"
+            )
+    for notice in summary["noticed"]:
+        said.append(
+            f"{notice['split']}: {notice['rows']:,} rows are kept though they fail '{notice['check']}', the first at "
+            f"row {notice['first']['source_row']} ({notice['first']['value']})"
+        )
+    for split, count in summary["rows"].items():
+        if count["near_duplicates"] > 0.05 * max(1, count["raw"]):
+            said.append(
+                f"{split}: {count['near_duplicates']:,} of {count['raw']:,} rows are near copies of a row before them "
+                "(copies.parquet), so it holds less than it seems"
+            )
+    for leak in summary["leaks"]:
+        if not leak["dropped"]:
+            said.append(
+                f"{leak['exact'] + leak['near']:,} {leak['split']} rows have copies in {leak['of_split']} and are kept "
+                "there: scores flatter"
+            )
+    return said
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -255,12 +629,21 @@ def describe(summary: dict[str, Any]) -> str:
     lines = [f"task {summary['task']} ({summary['kind']}), {kind}:"]
     for split, count in summary["rows"].items():
         if not count["raw"]:  # the source has no such split
-            lines.append(f"  {split}: {count.get('kept', 0)}, taken from the rows above")
+            lines.append(f"  {split}: {count['kept']:,}, taken from the rows above")
             continue
         lines.append(
-            f"  {split}: {count.get('kept', 0)} kept of {count['raw']} raw; {count['rejected']} rejected, "
-            f"{count['duplicates']} duplicates"
+            f"  {split}: {count['kept']:,} kept of {count['raw']:,} raw; {count['rejected']:,} rejected, "
+            f"{count['duplicates']:,} equal and {count['near_duplicates']:,} near copies"
         )
-    lines += [f"  rejected: {check}: {count}" for check, count in summary["reasons"].items()]
-    lines += [f"  left out: {count} {what}" for what, count in summary["leaks"].items() if count]
+    lines += [
+        f"  rejected: {reason['split']}, {reason['column']}: {reason['check']}: {reason['rows']:,}"
+        for reason in summary["reasons"]
+    ]
+    for leak in summary["leaks"]:
+        verb = "left out" if leak["dropped"] else "kept"
+        lines.append(
+            f"  {verb}: {leak['exact']:,} {leak['split']} rows whose prompt stands in {leak['of_split']}, "
+            f"{leak['near']:,} near copies"
+        )
+    lines += [f"  WARNING: {text}" for text in summary["warnings"]]
     return "\n".join(lines)

@@ -1,80 +1,83 @@
 """Raw rows of a task, as their source has them: the built-in generator, files, URLs or a hub data set."""
 
-import csv
-import io
-import json
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
-
-import pandas as pd
+from typing import Any, NamedTuple
 
 from molf.config import SHA, FileSource, GeneratedSource, HubSource, TaskBlock, UrlSource
 from molf.errors import UserError
-from molf.paths import write_json, write_parquet
+from molf.paths import atomic, write_json
+from molf.readers import Row, RowFile, as_row
 from molf.sources import pinned
 from molf.tasks import TASKS
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-# CSV has no types; these columns of the benchmarks hold whole numbers.
-WHOLE_NUMBERS = frozenset({"cop", "case_id"})
 MAX_DATABASE = 200 * 2**20  # bytes of one SQLite file in an archive
+CHUNK_ROWS, CHUNK_BYTES = 20_000, 32 * 2**20  # of rows that are held before they are written
+
+
+class Origin(NamedTuple):
+    """Where some rows of a split come from.
+
+    Attributes:
+        name: As it is shown.
+        rows: Each once.
+        pin: The sha256 that the file must have, or None.
+    """
+
+    name: str
+    rows: Iterable[Row]
+    pin: str | None = None
 
 
 def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     """Brings a task's raw rows into a folder, every row as its source had it.
 
-    A row is kept as JSON text beside its number (from 1) in the source, so that a value of a wrong type survives until
-    `prepare` can name it.
+    A row is kept as JSON text beside its place in the source, so that a value of a wrong type, or a row that cannot
+    even be read, survives until `prepare` can name it. Rows pass through in chunks: memory does not grow with them.
 
     Args:
         name: The block's key below `tasks`.
         block: Where the rows come from.
-        directory: Emptied first; afterwards SPLIT.parquet (source_row, record) and source.json.
+        directory: Emptied first; afterwards SPLIT.parquet (file, source_row, record, problem) and source.json.
 
     Returns:
-        The content of source.json: kind, generated, name, files {split: {from, rows}}.
+        The content of source.json: kind, generated, name, license, files {split: [{from, rows, bytes, sha256}]} (bytes
+        and sha256 None where there is no file), columns {split: names}, for a hub set also id, config and revision, for
+        generated rows the seed.
 
     Raises:
-        UserError: A source cannot be read, is empty or lacks a column: with its file, row or column.
+        UserError: A source cannot be read, is empty, is not what sources.lock pins, or lacks a column.
     """
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
     source = block.source
-    files: dict[str, Any] = {}
-    for split, (origin, rows) in _read_source(name, block).items():
-        numbered = list(rows)
-        if not numbered:
-            raise UserError(f"tasks.{name}: {origin} has no rows")
-        _require_columns(name, block.kind, origin, [row for _, row in numbered])
-        frame = pd.DataFrame(
-            {
-                "source_row": pd.Series([number for number, _ in numbered], dtype="int64"),
-                "record": [json.dumps(row, default=str) for _, row in numbered],
-            }
-        )
-        write_parquet(directory / f"{split}.parquet", frame)
-        files[split] = {"from": origin, "rows": len(numbered)}
-    if not files:
-        raise UserError(f"tasks.{name}.source: no split is given; at least train is needed")
+    files: dict[str, list[dict[str, Any]]] = {}
+    columns: dict[str, list[str]] = {}
+    for split, origins in _origins(name, block).items():
+        files[split], columns[split] = _write(f"tasks.{name}", origins, directory / f"{split}.parquet")
+        if columns[split]:  # else no row can be read, and `prepare` says why
+            _require_columns(name, block, ", ".join(origin.name for origin in origins), columns[split])
     if "train" not in files:
-        raise UserError(f"tasks.{name}.source: there is no train split, only {', '.join(files)}")
+        there = f"only {', '.join(files)}" if files else "nor any other"
+        raise UserError(f"tasks.{name}.source: there is no train split, {there}")
     if block.kind == "sql" and block.options.databases is not None:
         extract_databases(Path(block.options.databases), directory / "databases", f"tasks.{name}.options.databases")
-    info = {"kind": source.kind, "generated": isinstance(source, GeneratedSource), "name": name, "files": files}
+    info: dict[str, Any] = {"kind": source.kind, "generated": isinstance(source, GeneratedSource), "name": name}
+    info |= {"license": block.license, "files": files, "columns": columns}
     if isinstance(source, HubSource):
-        info |= {"id": source.id, "revision": _revision(name, source)}
+        info |= {"id": source.id, "config": source.config, "revision": _revision(name, source)}
+    if isinstance(source, GeneratedSource):
+        info["seed"] = source.seed
     write_json(directory / "source.json", info)
     return info
 
 
-def _read_source(name: str, block: TaskBlock) -> dict[str, tuple[str, Iterable[tuple[int, dict[str, Any]]]]]:
-    """{split: (where from, its numbered rows)}."""
-    source = block.source
+def _origins(name: str, block: TaskBlock) -> dict[str, list[Origin]]:
+    """Where the rows of each split come from."""
+    source, key = block.source, f"tasks.{name}.source"
     match source:
         case GeneratedSource():
             from molf import generate
@@ -82,115 +85,82 @@ def _read_source(name: str, block: TaskBlock) -> dict[str, tuple[str, Iterable[t
             try:
                 made = generate.rows(block.kind, {split: count for split, count in source.rows.items()}, source.seed)
             except ValueError as error:
-                raise UserError(f"tasks.{name}.source.rows: {error}") from None
-            return {split: ("the built-in generator", enumerate(rows, start=1)) for split, rows in made.items()}
+                raise UserError(f"{key}.rows: {error}") from None
+            return {
+                split: [Origin("the built-in generator", map(as_row, range(1, len(rows) + 1), rows))]
+                for split, rows in made.items()
+            }
         case HubSource():
             return {
-                split: (f"{source.id}/{theirs}", _hub_rows(name, source, theirs))
+                split: [Origin(f"{source.id}/{theirs}", _hub_rows(name, source, theirs))]
                 for split, theirs in source.splits.items()
             }
-        case FileSource() | UrlSource():
-            key = f"tasks.{name}.source"
-            if isinstance(source, FileSource) and not source.files and Path(source.path).is_dir():
+        case FileSource():
+            if not source.files and Path(source.path).is_dir():
                 raise UserError(f"{key}.path: {source.path} is a folder; name its files in {key}.files")
-            located = source.locations()
-            if isinstance(source, UrlSource):
-                from molf.sources import url_sha256
-
-                for split, urls in located.items():
-                    for url in urls:
-                        if url_sha256(url) != pinned(f"tasks.{name}", f"sha256:{url}"):
-                            raise UserError(
-                                f"{key}.files.{split}: {url} is not what sources.lock pins; run `molf pin` to take it"
-                            )
-            return {split: (paths[0], read_rows(paths[0])) for split, paths in located.items()}
+            return {
+                split: [Origin(path, RowFile(path)) for path in paths] for split, paths in source.locations().items()
+            }
+        case UrlSource():
+            return {
+                split: [Origin(url, RowFile(url), pinned(f"tasks.{name}", f"sha256:{url}")) for url in urls]
+                for split, urls in source.locations().items()
+            }
 
 
-def read_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a JSONL, JSON, CSV, TSV or Parquet file, plain, gzip or zstd, numbered from 1 (JSONL: by line).
+def _write(key: str, origins: list[Origin], path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Writes the rows of one split; returns what source.json says of its files, and the names of all columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tqdm import tqdm
 
-    Args:
-        location: A path, or any URL that fsspec reads.
+    kinds = {"file": pa.int32(), "source_row": pa.int64(), "record": pa.string(), "problem": pa.string()}
+    schema = pa.schema(list(kinds.items()))
+    files: list[dict[str, Any]] = []
+    columns: dict[str, None] = {}
 
-    Raises:
-        UserError: The file lacks, is broken, or a row is none: with file and row.
-    """
-    import fsspec
+    def write(temporary: Path) -> None:
+        held: list[tuple[int, int, str, str | None]] = []
+        size = 0
+        with (
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+            tqdm(desc=path.stem, unit=" rows", disable=None, leave=False) as bar,
+        ):
 
-    suffixes = Path(location).suffixes
-    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    kind = suffixes[-2 if compression else -1] if len(suffixes) > bool(compression) else ""
-    if kind not in FORMATS:
-        raise UserError(
-            f"{location}: the format is told by the name; allowed: {', '.join(FORMATS)}, also with .gz or .zst"
-        )
-    try:
-        with fsspec.open(location, "rb", compression=compression) as file:
-            yield from _parse(location, kind, file)
-    except FileNotFoundError:
-        raise UserError(f"{location}: there is no such file") from None
-    except EOFError:
-        raise UserError(f"{location}: the compressed file ends too early; fetch it again") from None
-    except UserError:
-        raise
-    except Exception as error:  # whatever a file system or a decompressor of fsspec raises
-        raise UserError(
-            f"{location}: cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from None
+            def flush() -> None:
+                arrays = [
+                    pa.array(values, kind) for values, kind in zip(zip(*held, strict=True), kinds.values(), strict=True)
+                ]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+                bar.update(len(held))
+                held.clear()
 
+            for number, origin in enumerate(origins):
+                count = 0
+                for row in origin.rows:
+                    count += 1
+                    columns.update(dict.fromkeys(row.columns))
+                    held.append((number, row.number, row.record, row.problem))
+                    size += len(row.record)
+                    if len(held) == CHUNK_ROWS or size > CHUNK_BYTES:
+                        flush()
+                        size = 0
+                if not count:
+                    raise UserError(f"{key}: {origin.name} has no rows")
+                hashed = (origin.rows.bytes, origin.rows.sha256) if isinstance(origin.rows, RowFile) else (None, None)
+                if origin.pin not in (None, hashed[1]):
+                    raise UserError(
+                        f"{key}.source: {origin.name} is not what sources.lock pins; run `molf pin` to take it"
+                    )
+                files.append({"from": origin.name, "rows": count, "bytes": hashed[0], "sha256": hashed[1]})
+            if held:
+                flush()
 
-def _parse(location: str, kind: str, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    if kind == ".parquet":
-        import pyarrow.parquet
-
-        yield from enumerate(pyarrow.parquet.read_table(io.BytesIO(file.read())).to_pylist(), start=1)
-        return
-    if kind == ".jsonl":
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _record(location, number, _load_json(location, f"row {number}", line))
-        return
-    if kind == ".json":
-        rows = _load_json(location, "the file", file.read())
-        if not isinstance(rows, list):
-            raise UserError(f"{location}: a JSON list of objects is expected, found {type(rows).__name__}")
-        for number, row in enumerate(rows, start=1):
-            yield number, _record(location, number, row)
-        return
-    try:
-        text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{location}: byte {error.start} is not UTF-8") from None
-    reader = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
-    for number, cells in enumerate(reader, start=1):
-        if None in cells or None in cells.values():
-            count = len(reader.fieldnames or [])
-            raise UserError(f"{location}: row {number} has not the {count} fields of the header")
-        yield number, {column: _cell(column, value) for column, value in cells.items()}
+    atomic(path, write)
+    return files, list(columns)
 
 
-def _cell(column: str, value: str) -> Any:
-    if value == "":
-        return None
-    return int(value) if column in WHOLE_NUMBERS and value.strip().lstrip("-").isdigit() else value
-
-
-def _load_json(location: str, where: str, data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{location}: {where}: byte {error.start} is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{location}: {where} is not JSON: {error.msg} at character {error.pos + 1}") from None
-
-
-def _record(location: str, number: int, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{location}: row {number} is {type(row).__name__}, a JSON object is expected")
-    return row
-
-
-def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[Row]:
     import datasets
 
     revision = _revision(name, source)
@@ -203,22 +173,25 @@ def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[tuple[int, d
         raise UserError(
             f"tasks.{name}.source: {source.id} split {split!r} at {revision} cannot be loaded: {line}"
         ) from None
-    yield from enumerate(data, start=1)
+    yield from map(as_row, range(1, len(data) + 1), data)
 
 
 def _revision(name: str, source: HubSource) -> str:
     return source.revision if SHA.fullmatch(source.revision) else pinned(f"tasks.{name}", "revision")
 
 
-def _require_columns(name: str, kind: str, origin: str, rows: list[dict[str, Any]]) -> None:
-    there = dict.fromkeys(key for row in rows for key in row)
-    wanted = TASKS[kind].columns()
+def _require_columns(name: str, block: TaskBlock, origin: str, there: list[str]) -> None:
+    wanted = TASKS[block.kind].columns(block.options)
     if not any(set(columns) <= set(there) for columns in wanted):
         nearest = max(wanted, key=lambda columns: len(set(columns) & set(there)))
         lacking = [column for column in nearest if column not in there]
         raise UserError(
             f"tasks.{name}: {origin} lacks the column{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}; "
             f"there is {', '.join(map(str, there))}"
+        )
+    if block.split.group is not None and block.split.group not in there:
+        raise UserError(
+            f"tasks.{name}.split.group: {origin} has no column {block.split.group}; there is {', '.join(there)}"
         )
 
 

@@ -1,9 +1,17 @@
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from molf.config import MedOptions, NoOptions, SqlOptions
 from molf.tasks import TASKS
+
+OPTIONS: dict[str, Any] = {
+    "sql": SqlOptions(must_run=True),
+    "med": MedOptions(first_option=1),
+    "fact": NoOptions(),
+}
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -12,7 +20,9 @@ def test_the_primary_comes_from_its_components(kind: str) -> None:
     assert kind == task.NAME
     assert task.combine(dict.fromkeys(task.COMPONENTS, 0.5)) == pytest.approx(0.5)
     assert task.BINARY in task.COMPONENTS
-    assert task.columns() and all(isinstance(name, str) for names in task.columns() for name in names)
+    columns = task.columns(OPTIONS[kind])
+    assert columns and all(isinstance(name, str) for names in columns for name in names)
+    assert task.tolerated(OPTIONS[kind]) == frozenset()
 
 
 def test_prompts_need_no_heavy_library() -> None:

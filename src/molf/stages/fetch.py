@@ -14,8 +14,9 @@ def run() -> None:
     from molf.raw import fetch
 
     info = fetch(name, params.tasks[name], RAW / name)
-    for split, file in info["files"].items():
-        print(f"task {name}, {split}: {file['rows']} {'generated ' * info['generated']}rows from {file['from']}")
+    for split, files in info["files"].items():
+        for file in files:
+            print(f"task {name}, {split}: {file['rows']:,} {'generated ' * info['generated']}rows from {file['from']}")
 
 
 if __name__ == "__main__":

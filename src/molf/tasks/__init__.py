@@ -27,11 +27,14 @@ class Task(Protocol):
     COMPONENTS: list[str]
     BINARY: Any  # str | None; a module's constant has the narrower type, which a mutable attribute may not
 
-    def columns(self) -> list[list[str]]:
+    def columns(self, options: Any) -> list[list[str]]:
         """The raw columns that must be there: one of these lists."""
 
     def raw_schema(self, options: Any) -> "pa.DataFrameSchema":
         """Checks `normalise`d rows, lazily: every bad value with its row, column and check."""
+
+    def tolerated(self, options: Any) -> frozenset[str]:
+        """Names of checks whose failing rows are kept, and only counted."""
 
     def normalise(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
         """The benchmark's own rows as flat columns, with the index kept."""
@@ -39,8 +42,19 @@ class Task(Protocol):
     def prepared_schema(self) -> "pa.DataFrameSchema":
         """Checks prepared rows."""
 
+    def hint(self, failures: "pd.DataFrame", options: Any) -> str | None:
+        """What most likely went wrong when too many rows are rejected; None where nothing can be said.
+
+        Args:
+            failures: Rejected rows: column, check, value.
+            options: The task's.
+        """
+
     def to_examples(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
         """Valid normalised rows as prompt, completion and the task's own columns, with the index kept."""
+
+    def identity(self, frame: "pd.DataFrame", options: Any) -> "pd.Series":
+        """What tells a valid normalised row from others: its own text, without what all rows of the task share."""
 
     def combine(self, means: dict[str, float]) -> float:
         """The primary score from the means of COMPONENTS."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from molf.tasks.columns import as_list, check, is_missing, prepared, text, texts
+from molf.tasks.columns import as_list, differ, joined, of_rows, of_text, prepared, text, texts
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -35,7 +35,7 @@ def completion(target: str) -> str:
     return f" {target}"
 
 
-def columns() -> list[list[str]]:
+def columns(options: "NoOptions") -> list[list[str]]:
     """The raw columns that must be there: one of these lists."""
     return [["requested_rewrite", *LISTS]]
 
@@ -43,25 +43,23 @@ def columns() -> list[list[str]]:
 def raw_schema(options: "NoOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows."""
     import pandera.pandas as pa
+    import pyarrow.compute as pc
 
-    def has_slot(value: object) -> bool:
-        return not isinstance(value, str) or value.count("{}") == 1
-
-    def differ(frame: pd.DataFrame) -> pd.Series:
-        pairs = zip(frame[NEW], frame[TRUE], strict=True)
-        distinct = [is_missing(new) or is_missing(true) or str(new).strip() != str(true).strip() for new, true in pairs]
-        return pd.Series(distinct, index=frame.index, dtype=bool)
-
+    has_slot = of_text(lambda prompts: pc.equal(pc.count_substring(prompts, "{}"), 1), "has {} once")
     return pa.DataFrameSchema(
         {
-            PROMPT: text(checks=[check(has_slot, "has {} once")]),
+            PROMPT: text(checks=[has_slot]),
             SUBJECT: text(),
             NEW: text(),
             TRUE: text(),
             **{name: texts() for name in LISTS},
         },
-        checks=pa.Check(differ, name="new and true object differ", error="new and true object differ", ignore_na=False),
+        checks=of_rows(lambda frame: differ(frame, [NEW, TRUE]), "new and true object differ"),
     )
+
+
+def tolerated(options: "NoOptions") -> frozenset[str]:
+    return frozenset()
 
 
 def normalise(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
@@ -81,6 +79,10 @@ def prepared_schema() -> "pa.DataFrameSchema":
     return prepared(target_new=text(), target_true=text(), **{name: texts() for name in LISTS})
 
 
+def hint(failures: pd.DataFrame, options: "NoOptions") -> str | None:
+    return None
+
+
 def to_examples(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, target_new, target_true and the two lists; the index stays."""
     prompts = [
@@ -97,6 +99,11 @@ def to_examples(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
         },
         index=frame.index,
     )
+
+
+def identity(frame: pd.DataFrame, options: "NoOptions") -> pd.Series:
+    """The rewrite prompt, its subject and both objects."""
+    return joined(frame, [PROMPT, SUBJECT, NEW, TRUE])
 
 
 def combine(means: dict[str, float]) -> float:

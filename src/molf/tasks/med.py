@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from molf.tasks.columns import check, given, is_missing, prepared, text
+from molf.tasks.columns import differ, given, joined, numbers, of_rows, prepared, text, vector
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -35,7 +35,7 @@ def completion(letter: str) -> str:
     return f" {letter}"
 
 
-def columns() -> list[list[str]]:
+def columns(options: "MedOptions") -> list[list[str]]:
     """The raw columns that must be there: one of these lists."""
     return [["question", *OPTIONS, "cop"]]
 
@@ -46,25 +46,23 @@ def raw_schema(options: "MedOptions") -> "pa.DataFrameSchema":
 
     first = options.first_option
 
-    def is_option(value: Any) -> bool:
-        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        return number and value in range(first, first + 4)
-
-    def differ(frame: pd.DataFrame) -> pd.Series:
-        rows = frame[OPTIONS].itertuples(index=False)
-        distinct = [len({str(option).strip() for option in row}) == 4 or any(map(is_missing, row)) for row in rows]
-        return pd.Series(distinct, index=frame.index, dtype=bool)
+    def is_option(values: pd.Series) -> np.ndarray:
+        return np.isin(numbers(values), np.arange(first, first + 4))
 
     name = f"is an option's number, {first} to {first + 3}"
     return pa.DataFrameSchema(
         {
             "question": text(),
             **{option: text() for option in OPTIONS},
-            "cop": pa.Column(nullable=True, checks=[given(), check(is_option, name)]),
+            "cop": pa.Column(nullable=True, checks=[given(), vector(is_option, name)]),
             "subject_name": text(optional=True, required=False),
         },
-        checks=pa.Check(differ, name="options differ", error="options differ", ignore_na=False),
+        checks=of_rows(lambda frame: differ(frame, OPTIONS), "options differ"),
     )
+
+
+def tolerated(options: "MedOptions") -> frozenset[str]:
+    return frozenset()
 
 
 def normalise(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
@@ -76,6 +74,17 @@ def prepared_schema() -> "pa.DataFrameSchema":
     import pandera.pandas as pa
 
     return prepared(answer=pa.Column(str, pa.Check.isin(list(LETTERS))), subject=text(optional=True))
+
+
+def hint(failures: pd.DataFrame, options: "MedOptions") -> str | None:
+    """Counted from the other end, the wrong values of `cop` are just the one that lies outside."""
+    other = 1 - options.first_option
+    outside = {"0"} if options.first_option else {"4"}
+    if set(failures.loc[failures["column"] == "cop", "value"]) == outside:
+        return (
+            f"`cop` seems to count from {other}: set options.first_option to {other}, else every answer is off by one"
+        )
+    return None
 
 
 def to_examples(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
@@ -96,6 +105,11 @@ def to_examples(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
         },
         index=frame.index,
     )
+
+
+def identity(frame: pd.DataFrame, options: "MedOptions") -> pd.Series:
+    """The question and its options."""
+    return joined(frame, ["question", *OPTIONS])
 
 
 def combine(means: dict[str, float]) -> float:

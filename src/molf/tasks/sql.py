@@ -8,7 +8,7 @@ import pandas as pd
 
 from molf.errors import RunError
 from molf.sqlexec import Outcome, SqlExecutor, has_order, same_result
-from molf.tasks.columns import is_missing, prepared, text
+from molf.tasks.columns import is_missing, joined, of_text, prepared, text
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -22,6 +22,9 @@ COMPONENTS = ["execution_accuracy"]
 BINARY = "execution_accuracy"
 GRETEL = {"sql_prompt": "question", "sql_context": "context", "sql": "query"}
 SPIDER = ["db_id", "question", "query", "context"]
+SQLITE = "sqlite"  # what it says of a query
+PARSES, RUNS = "query is SQL", "query runs in its context"
+SYNTAX = r"syntax error|incomplete input|unrecognized token"
 
 
 def prompt(context: str, question: str) -> str:
@@ -33,7 +36,7 @@ def completion(query: str) -> str:
     return f" {query}"
 
 
-def columns() -> list[list[str]]:
+def columns(options: "SqlOptions") -> list[list[str]]:
     """The raw columns that must be there: one of these lists (Gretel's, Spider's)."""
     return [list(GRETEL), SPIDER]
 
@@ -41,13 +44,44 @@ def columns() -> list[list[str]]:
 def raw_schema(options: "SqlOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows. Which of the two sets of columns must be there is `columns`' matter."""
     import pandera.pandas as pa
+    import pyarrow.compute as pc
 
-    return pa.DataFrameSchema({name: text(required=False) for name in (*GRETEL, *SPIDER)})
+    syntax = of_text(lambda said: pc.invert(pc.match_substring_regex(said, SYNTAX)), PARSES)
+    other = of_text(lambda said: pc.match_substring_regex(said, SYNTAX), RUNS)
+    return pa.DataFrameSchema(
+        {
+            **{name: text(required=False) for name in (*GRETEL, *SPIDER)},
+            SQLITE: pa.Column(nullable=True, required=False, checks=[syntax, other]),
+        }
+    )
+
+
+def tolerated(options: "SqlOptions") -> frozenset[str]:
+    """The two checks of the query itself, unless it must run."""
+    return frozenset() if options.must_run else frozenset({PARSES, RUNS})
+
+
+def _spelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows under our names of the columns, whichever set they are of."""
+    return frame.rename(columns=GRETEL) if set(GRETEL) <= set(frame.columns) else frame
 
 
 def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
-    """Both sets are flat already."""
-    return frame
+    """Both sets are flat already; a column `sqlite` says why a query does not run, None where it does.
+
+    It runs on its database where there is one, else in its context.
+    """
+    rows = _spelled(frame)
+    names = rows["db_id"] if "db_id" in rows else [None] * len(rows)
+    said: list[str | None] = []
+    with SqlExecutor() as executor:
+        for context, query, name in zip(rows["context"], rows["query"], names, strict=True):
+            if isinstance(context, str) and isinstance(query, str):
+                file = _database(options.databases, name.strip()) if isinstance(name, str) else None
+                said.append(executor.run(context, query, None if file is None else Path(file)).reason)
+            else:
+                said.append(None)
+    return frame.assign(**{SQLITE: pd.Series(said, index=frame.index, dtype=object)})
 
 
 def prepared_schema() -> "pa.DataFrameSchema":
@@ -56,13 +90,17 @@ def prepared_schema() -> "pa.DataFrameSchema":
     )
 
 
+def hint(failures: pd.DataFrame, options: "SqlOptions") -> str | None:
+    return None
+
+
 def to_examples(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, context, question, query, db_id and database; the index stays.
 
     `db_id` is None for Gretel. `database` is the path of the db file, None where there is none;
     `options.databases` must be a folder here.
     """
-    rows = frame.rename(columns=GRETEL) if set(GRETEL) <= set(frame.columns) else frame
+    rows = _spelled(frame)
     own = {name: [value.strip() for value in rows[name]] for name in ("context", "question", "query")}
     names = [name.strip() for name in rows["db_id"]] if "db_id" in rows and rows is frame else [None] * len(rows)
     files = [_database(options.databases, name) for name in names]
@@ -84,6 +122,11 @@ def _database(folder: str | None, name: str | None) -> str | None:
         return None
     path = Path(folder) / name / f"{name}.sqlite"
     return str(path) if path.is_file() else None
+
+
+def identity(frame: pd.DataFrame, options: "SqlOptions") -> pd.Series:
+    """The question and its query; a context is shared by many questions of one database."""
+    return joined(_spelled(frame), ["question", "query"])
 
 
 def combine(means: dict[str, float]) -> float:
