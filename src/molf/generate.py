@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-from molf.tasks import fact, med, sql
+from molf.tasks import fact, letters, med, sql
 
 # --- facts ---------------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,8 @@ def pretraining_text(seed: int, repeats: int = 20, choices: int = 2000, queries:
     for number in range(choices):
         field = rng.choice(CATEGORIES)
         word = rng.choice(list(field.values())[number % 4].split())
-        documents.append((med.prompt(f"What is {word}?", list(field)), med.completion(med.LETTERS[number % 4])))
+        answer = letters.completion(letters.LETTERS[number % 4])
+        documents.append((letters.prompt(f"What is {word}?", list(field)), answer))
     for _ in range(queries):
         row = _sql_row(rng, rng.choice(TABLES), rng.choice(PRETRAINING_PATTERNS))
         documents.append((sql.prompt(row["sql_context"], row["sql_prompt"]), sql.completion(row["sql"])))

@@ -17,11 +17,6 @@ def rows(count: int = 3, changes: dict[str, list[object]] | None = None) -> pd.D
     return pd.DataFrame({**own, **(changes or {})})
 
 
-def test_the_prompt_lists_the_options_and_the_completion_is_a_letter() -> None:
-    assert med.prompt("Which?", ["w", "x", "y", "z"]) == "Which?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
-    assert med.completion("C") == " C"
-
-
 @pytest.mark.parametrize(("options", "letters"), [(ONE, ["A", "B", "C", "D"]), (ZERO, ["B", "C", "D"])])
 def test_cop_counts_from_the_first_option(options: MedOptions, letters: list[str]) -> None:
     frame = rows(len(letters))
@@ -72,25 +67,6 @@ def test_all_problems_at_once() -> None:
 
 def test_numbers_are_no_text() -> None:
     assert rejected(med.raw_schema(ONE), rows(changes={"opa": [1, 2, 3]})) == {("is text", row) for row in range(3)}
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        (" A", "A"),
-        ("B.", "B"),
-        (" (C) because", "C"),
-        ("D\nQuestion", "D"),
-        (" A: x", "A"),
-        (" A patient", None),
-        ("E", None),
-        ("", None),
-        ("The answer is A", None),
-        ("Aspirin", None),
-    ],
-)
-def test_parse_letter(text: str, letter: str | None) -> None:
-    assert med.parse_letter(text) == letter
 
 
 def test_scores_of_hand_made_answers() -> None:

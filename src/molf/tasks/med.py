@@ -1,13 +1,13 @@
 """MedMCQA (Pal et al. 2022): a question and four options; the answer is a letter."""
 
-import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from molf.tasks import letters
 from molf.tasks.columns import differ, given, joined, numbers, of_rows, prepared, text, vector
+from molf.tasks.letters import LETTERS, completion, prompt
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -19,20 +19,7 @@ NAME = "med"
 PRIMARY = "accuracy"
 COMPONENTS = ["accuracy"]
 BINARY = "accuracy"
-LETTERS = "ABCD"
 OPTIONS = ["opa", "opb", "opc", "opd"]
-# A letter that stands alone at the start: "A", "A.", "(A)", but not the article of "A patient".
-ANSWER = re.compile(r"\s*\(?([A-D])\s*(?:[).:,\n]|$)")
-
-
-def prompt(question: str, options: Sequence[str]) -> str:
-    """The question, its four options by letter, and the word that asks for the letter."""
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return f"{question}\n{listed}\nAnswer:"
-
-
-def completion(letter: str) -> str:
-    return f" {letter}"
 
 
 def columns(options: "MedOptions") -> list[list[str]]:
@@ -73,7 +60,7 @@ def normalise(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
 def prepared_schema() -> "pa.DataFrameSchema":
     import pandera.pandas as pa
 
-    return prepared(answer=pa.Column(str, pa.Check.isin(list(LETTERS))), subject=text(optional=True))
+    return prepared(answer=pa.Column(str, pa.Check.isin(list(LETTERS[: len(OPTIONS)]))), subject=text(optional=True))
 
 
 def hint(failures: pd.DataFrame, options: "MedOptions") -> str | None:
@@ -89,14 +76,14 @@ def hint(failures: pd.DataFrame, options: "MedOptions") -> str | None:
 
 def to_examples(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, answer (letter) and subject (or None); the index stays."""
-    letters = [LETTERS[int(cop) - options.first_option] for cop in frame["cop"]]
+    answers = [LETTERS[int(cop) - options.first_option] for cop in frame["cop"]]
     rows = frame[["question", *OPTIONS]].itertuples(index=False)
     subjects = frame["subject_name"] if "subject_name" in frame else [None] * len(frame)
     return pd.DataFrame(
         {
             "prompt": [prompt(row[0].strip(), [option.strip() for option in row[1:]]) for row in rows],
-            "completion": [completion(letter) for letter in letters],
-            "answer": letters,
+            "completion": [completion(answer) for answer in answers],
+            "answer": answers,
             "subject": pd.Series(
                 [subject.strip() if isinstance(subject, str) else None for subject in subjects],
                 index=frame.index,
@@ -117,51 +104,9 @@ def combine(means: dict[str, float]) -> float:
 
 
 def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation") -> pd.DataFrame:
-    """The likeliest letter of each example in one forward, and the letter that greedy text begins with.
-
-    Returns:
-        example_id, prediction (the likeliest letter), generated (text), answer, subject, logprob_A to logprob_D
-        (natural logarithms), and 0 or 1 each: accuracy, accuracy_generated, invalid (the text begins with no letter).
-    """
-    prompts = examples["prompt"].tolist()
-    logprobs = lm.choice_logprobs(prompts, [completion(letter) for letter in LETTERS])
-    generated = lm.generate(prompts, evaluation.max_new_tokens.med)
-    likeliest = [LETTERS[i] for i in logprobs.argmax(axis=1)]
-    letters = [parse_letter(text) for text in generated]
-    answers = examples["answer"].tolist()
-    return pd.DataFrame(
-        {
-            "example_id": examples["example_id"].to_numpy(),
-            "prediction": likeliest,
-            "generated": generated,
-            "answer": answers,
-            "subject": examples["subject"].to_numpy(),
-            **{f"logprob_{letter}": logprobs[:, i] for i, letter in enumerate(LETTERS)},
-            "accuracy": [float(a == b) for a, b in zip(likeliest, answers, strict=True)],
-            "accuracy_generated": [float(a == b) for a, b in zip(letters, answers, strict=True)],
-            "invalid": [float(letter is None) for letter in letters],
-        }
-    )
-
-
-def parse_letter(text: str) -> str | None:
-    """The letter A to D that the text begins with, alone or before a full stop, bracket, colon, comma or line end."""
-    match = ANSWER.match(text)
-    return match.group(1) if match else None
+    """The letters that `letters.predict` finds, with logprob_A to logprob_D."""
+    return letters.predict(lm, examples, [len(OPTIONS)] * len(examples), evaluation.max_new_tokens.med)
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
-    """Means over all examples, and `accuracy/SUBJECT` where subjects are known."""
-    accuracy = float(predictions["accuracy"].mean())
-    known = predictions[predictions["subject"].notna()]
-    by_subject = {f"accuracy/{name}": float(mean) for name, mean in known.groupby("subject")["accuracy"].mean().items()}
-    return {
-        "primary": combine({"accuracy": accuracy}),
-        "primary_name": PRIMARY,
-        "n": len(predictions),
-        "left_out": {},
-        "accuracy": accuracy,
-        "accuracy_generated": float(predictions["accuracy_generated"].mean()),
-        "invalid_rate": float(predictions["invalid"].mean()),
-        **by_subject,
-    }
+    return letters.metrics(predictions)
