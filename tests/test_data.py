@@ -1,15 +1,18 @@
 """Rows from every kind of source, good and bad: what is wrong is named by file, row and column."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas as pd
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from molf import data, generate, raw
+from molf import data, generate, raw, sources
 from molf.config import TaskBlock, check_params, read_yaml
 from molf.errors import UserError
 from molf.paths import read_json, write_json
@@ -111,6 +114,37 @@ def test_a_hub_data_set_is_loaded_at_its_pin_from_a_local_copy(tmp_path: Path, m
     info = raw.fetch("med", task, tmp_path / "raw")
     assert info["revision"] == "a" * 40 and info["files"]["test"][0]["from"] == "./set/test"
     assert data.prepare("med", task, tmp_path / "raw", tmp_path / "prepared")["rows"]["test"]["kept"] == 8
+
+
+def test_a_url_is_read_once_and_must_be_what_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = "memory://med/rows.jsonl.gz"
+    content = _gzip(tmp_path / "rows", med_rows(30)).read_bytes()
+    opened = []
+    plain = MemoryFileSystem._open
+
+    def counted(self: MemoryFileSystem, path: str, *rest: Any, **more: Any) -> Any:
+        opened.append(path)
+        return plain(self, path, *rest, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", counted)
+    with fsspec.open(url, "wb") as file:
+        file.write(content)
+    params = read_yaml(ROOT / "params.yaml")
+    source = {"kind": "url", "path": "sources.lock", "files": {"train": [url]}}
+    params["tasks"]["med"] |= {"source": source, "limits": dict.fromkeys(data.SPLITS)}
+    checked = check_params(params, "params.yaml")
+    with pytest.raises(UserError, match="sources.lock pins no sha256:memory"):
+        raw.fetch("med", checked.tasks["med"], tmp_path / "raw")
+    sources.pin(checked, sources.hub_commit, sources.url_sha256)
+    opened.clear()
+    info = raw.fetch("med", checked.tasks["med"], tmp_path / "raw")
+    assert len(opened) == 1 and info["files"]["train"][0]["bytes"] == len(content)
+    assert info["files"]["train"][0]["sha256"] == hashlib.sha256(content).hexdigest()
+    with fsspec.open(url, "wb") as file:
+        file.write(_gzip(tmp_path / "rows", med_rows(29)).read_bytes())
+    with pytest.raises(UserError, match="is not what sources.lock pins; run `molf pin` to take it"):
+        raw.fetch("med", checked.tasks["med"], tmp_path / "raw")
 
 
 def test_preparing_again_gives_the_same_bytes(tmp_path: Path) -> None:
