@@ -16,6 +16,7 @@ from molf import data, generate, raw, sources
 from molf.config import TaskBlock, check_params, read_yaml
 from molf.errors import UserError
 from molf.paths import read_json, write_json
+from molf.placing import SPLITS
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +133,7 @@ def test_a_url_is_read_once_and_must_be_what_is_pinned(tmp_path: Path, monkeypat
         file.write(content)
     params = read_yaml(ROOT / "params.yaml")
     source = {"kind": "url", "path": "sources.lock", "files": {"train": [url]}}
-    params["tasks"]["med"] |= {"source": source, "limits": dict.fromkeys(data.SPLITS)}
+    params["tasks"]["med"] |= {"source": source, "limits": dict.fromkeys(SPLITS)}
     checked = check_params(params, "params.yaml")
     with pytest.raises(UserError, match="sources.lock pins no sha256:memory"):
         raw.fetch("med", checked.tasks["med"], tmp_path / "raw")
@@ -151,7 +152,7 @@ def test_preparing_again_gives_the_same_bytes(tmp_path: Path) -> None:
     task = block("sql", source={"kind": "generated", "path": "x", "seed": 0, "rows": {"train": 60, "test": 12}})
     first = run("sql", task, tmp_path / "a")
     assert run("sql", task, tmp_path / "b")["data_hash"] == first["data_hash"]
-    for split in data.SPLITS:
+    for split in SPLITS:
         assert (tmp_path / f"a/prepared/{split}.parquet").read_bytes() == (
             tmp_path / f"b/prepared/{split}.parquet"
         ).read_bytes()
@@ -171,7 +172,7 @@ def test_splits_share_no_prompt_and_a_leak_is_counted(tmp_path: Path) -> None:
     }
     task = block("med", source=source, limits={"train": None, "validation": 5, "test": None})
     summary = run("med", task, tmp_path)
-    prompts = [set(frame(tmp_path, split)["prompt"]) for split in data.SPLITS]
+    prompts = [set(frame(tmp_path, split)["prompt"]) for split in SPLITS]
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
     assert sum(leak["exact"] for leak in summary["leaks"] if leak["dropped"]) == 5
     assert len(frame(tmp_path, "test")) == 25
@@ -184,7 +185,7 @@ def test_limits_keep_so_many_rows_drawn_by_the_seed(tmp_path: Path) -> None:
     for seed in (0, 0, 1):
         rule = {"validation": 0.1, "test": 0.1, "seed": seed, "group": None}
         run("med", file_block("med", path, limits=limits, split=rule), tmp_path)
-        assert {split: len(frame(tmp_path, split)) for split in data.SPLITS} == limits
+        assert {split: len(frame(tmp_path, split)) for split in SPLITS} == limits
         kept.append(frame(tmp_path, "train")["example_id"].tolist())
     assert kept[0] == kept[1] != kept[2]
 

@@ -10,6 +10,7 @@ import pytest
 
 from molf import copies, data, splits
 from molf.errors import UserError
+from molf.placing import SPLITS
 from tests.test_data import block, frame, med_rows, run, write_jsonl
 
 
@@ -129,7 +130,7 @@ def test_a_group_lies_on_one_side(tmp_path: Path) -> None:
     run("med", block("med", source=source, split=rule), tmp_path)
     sides: dict[int, set[str]] = {}
     sizes = {}
-    for split in data.SPLITS:
+    for split in SPLITS:
         table = frame(tmp_path, split)
         sizes[split] = len(table)
         for name in table["example_id"]:
@@ -167,7 +168,7 @@ def test_several_files_of_a_split_are_one_after_the_other(tmp_path: Path) -> Non
     ]
     rejected = frame(tmp_path, "rejected")
     assert rejected[["file", "source_row"]].to_numpy().tolist() == [[1, 6]]
-    names = pd.concat([frame(tmp_path, split) for split in data.SPLITS])["example_id"]
+    names = pd.concat([frame(tmp_path, split) for split in SPLITS])["example_id"]
     assert {"train-1-1", "train-2-1"} <= set(names) and names.is_unique and len(names) == 39
 
 
