@@ -39,7 +39,7 @@ def build(name: str, block: ModelBlock, directory: Path) -> dict[str, Any]:
         case TinyModel():
             from molf import tiny
 
-            info |= tiny.build(directory, **block.model_dump(exclude={"kind", "path"}), progress=True)
+            info |= tiny.build(directory, **block.model_dump(exclude={"kind", "path", "license"}), progress=True)
         case PathModel():
             _copy_checkpoint(Path(block.path), directory, f"models.{name}.path")
         case GgufModel():

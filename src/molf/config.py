@@ -57,7 +57,13 @@ class Grid(Block):
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-class TinyModel(Block):
+class ModelBase(Block):
+    """What every model block may hold."""
+
+    license: str = "unknown"  # of the weights, in the hub's spelling; shapes no result, but stands in every card
+
+
+class TinyModel(ModelBase):
     """A model that the `base` stage builds and pretrains on generated text."""
 
     kind: Literal["tiny"]
@@ -78,14 +84,14 @@ class TinyModel(Block):
         return self
 
 
-class PathModel(Block):
+class PathModel(ModelBase):
     """A folder in the format of transformers: config.json, *.safetensors, tokenizer files."""
 
     kind: Literal["path"]
     path: str
 
 
-class GgufModel(Block):
+class GgufModel(ModelBase):
     """A GGUF file, from a local path or from an installed package that assembles it."""
 
     kind: Literal["gguf"]
@@ -93,7 +99,7 @@ class GgufModel(Block):
     package: str | None = None  # import name of the package that carries the file
 
 
-class HubModel(Block):
+class HubModel(ModelBase):
     """A model on the Hugging Face hub; a revision that is not a commit is pinned in sources.lock by `molf pin`."""
 
     kind: Literal["hub"]

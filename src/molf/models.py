@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INFO = "molf_model.json"
+ORIGIN = ("name", "kind", "generated", "id", "revision", "package", "sha256")  # of what INFO holds
 # Stands in a cell's weights folder when `training.keep` does not let the weights stay.
 ELSEWHERE = "not_kept.json"
 # Of errors when memory runs out: torch's host allocator, the system, CUDA's libraries.
@@ -135,7 +136,7 @@ def first_line(error: BaseException) -> str:
 def describe(directory: Path) -> dict[str, Any]:
     """Name, origin and hash of a base model, as kept in every `run.json`."""
     info = read_json(directory / INFO)
-    return {"name": info["name"], "kind": info["kind"], "generated": info["generated"], "hash": folder_hash(directory)}
+    return {key: info[key] for key in ORIGIN if key in info} | {"hash": folder_hash(directory)}
 
 
 def quiet() -> None:
