@@ -198,3 +198,11 @@ def talks(rows: int = 24) -> pd.DataFrame:
             "messages": found,
         }
     )
+
+
+@pytest.fixture(scope="session")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with its four cells trained, to be copied before it is changed."""
+    from tests.trained import make
+
+    return make(tmp_path_factory.mktemp("trained") / "project", base)

@@ -43,6 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     preset.add_argument("name", nargs="?", help="without it, the presets are listed")
     preset.add_argument("--dry-run", action="store_true", help="only show what would change")
     commands.add_parser("pin", help="pin hub revisions and URLs in sources.lock")
+    lineage = commands.add_parser("lineage", help="follow a cell's score back to its source, and check every hash")
+    lineage.add_argument(
+        "cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S; METHOD base: the model as it came"
+    )
+    lineage.add_argument("--json", action="store_true", help="all links as JSON")
     commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
     ui = commands.add_parser("ui", help="open MLflow's page")
     ui.add_argument("--port", type=int, default=5000)
@@ -62,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(lambda: apply_preset(options.name, options.dry_run))
         case "pin":
             return main(pin)
+        case "lineage":
+            return main(lambda: show_lineage(options.cell, options.json))
         case "track":
             return main(track)
         case "ui":
@@ -186,6 +193,25 @@ def pin() -> None:
     for key, (before, now) in changes.items():
         print(f"  {key}: {now} ({'unchanged' if before == now else 'new' if before is None else f'was {before}'})")
     print(f"{len(changes)} entries in {SOURCES_LOCK}; commit it, then make run")
+
+
+def show_lineage(name: str, as_json: bool) -> None:
+    """Prints the chain from a cell's score to its source.
+
+    Args:
+        name: The cell.
+        as_json: Whether to print it as JSON.
+
+    Raises:
+        RunError: A link is not what it was when the score was made.
+    """
+    from molf import lineage
+
+    chain = lineage.trace(lineage.find(name), load_params())
+    print(json.dumps(lineage.plain(chain), indent=2) if as_json else lineage.render(chain))
+    if chain.differing():
+        names = ", ".join(link.name for link in chain.differing())
+        raise RunError(f"{names}: not as it was when {chain.cell.name} was made")
 
 
 def track() -> None:

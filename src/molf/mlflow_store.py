@@ -83,6 +83,17 @@ class Store:
         )
         return runs[0] if runs else None
 
+    @classmethod
+    def existing(cls, experiment: str, root: Path) -> "Store | None":
+        """The store if it holds the experiment; unlike the constructor it makes nothing."""
+        from mlflow import MlflowClient
+
+        uri = uri_of(root)
+        file = uri.removeprefix("sqlite:///")
+        if file != uri and not Path(file).is_file():
+            return None
+        return cls(experiment, root) if MlflowClient(uri).get_experiment_by_name(experiment) else None
+
     def open_cell(self, run: Mapping[str, Any]) -> "Run":
         """The cell's run by its fingerprint; if it lacks, a new one below its model/task/method, with params and data.
 

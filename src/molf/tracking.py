@@ -185,6 +185,25 @@ def track(root: Path, params: Params) -> dict[str, int]:
     return counts
 
 
+def find_run(fingerprint: str, experiment: str, root: Path = Path()) -> str | None:
+    """MLflow's id of a cell's run; None where the store that is here has none. Makes nothing.
+
+    Args:
+        fingerprint: The training's; of the untrained model, the evaluation's.
+        experiment: Name of the MLflow experiment.
+        root: Project folder.
+
+    Raises:
+        RunError: MLflow cannot be reached or refuses.
+    """
+    try:
+        store = Store.existing(experiment, root)
+        found = store.find(kind="cell", fingerprint=fingerprint) if store else None
+    except Exception as error:
+        raise RunError(f"MLflow ({uri_of(root)}): {_first_line(error)}") from error
+    return found.info.run_id if found else None
+
+
 def server_arguments(root: Path) -> list[str]:
     """Arguments of the `mlflow` command that serves the store's page.
 

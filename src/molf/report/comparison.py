@@ -171,15 +171,15 @@ def _load(params: Params, cell: Cell, root: Path, problems: list[str]) -> dict[s
     now, then = cell_config(params, cell), found["run"]["config"]
     wrong = []
     if then != now:
-        wrong.append("trained with other params than params.yaml says: " + "; ".join(_changes(then, now)))
+        wrong.append("trained with other params than params.yaml says: " + "; ".join(changes(then, now)))
     if found["summary"]["fingerprint"] != found["run"]["fingerprint"]:
         wrong.append("train/summary.json and train/run.json are of two trainings")
     if found["metrics"]["train_fingerprint"] != found["run"]["fingerprint"]:
         wrong.append("evaluated on the weights of another training (train_fingerprint differs)")
     evaluated, evaluation = found["metrics"]["evaluation"], params.evaluation.model_dump(mode="json")
     if evaluated != evaluation:
-        changes = "; ".join(_changes(evaluated, evaluation))
-        wrong.append(f"evaluated with other params than params.yaml says: {changes}")
+        shown = "; ".join(changes(evaluated, evaluation))
+        wrong.append(f"evaluated with other params than params.yaml says: {shown}")
     kind = params.tasks[cell.task].kind
     if found["metrics"]["task_kind"] != kind:
         wrong.append(f"scored as task kind {found['metrics']['task_kind']}, but params.yaml says {kind}")
@@ -381,11 +381,11 @@ def _provenance(cell: Cell, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"cell": cell.name, **{key: run[key] for key in kept}, "evaluation": found["metrics"]["fingerprint"]}
 
 
-def _changes(then: Any, now: Any, key: str = "") -> list[str]:
+def changes(then: Any, now: Any, key: str = "") -> list[str]:
     """Leaves in which two configurations differ, `key: then -> now`."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*then, *now])
-        return [text for k in keys for text in _changes(then.get(k), now.get(k), f"{key}.{k}" if key else k)]
+        return [text for k in keys for text in changes(then.get(k), now.get(k), f"{key}.{k}" if key else k)]
     return [] if then == now else [f"{key} was {then}, is {now}"]
 
 

@@ -17,7 +17,7 @@ def run() -> None:
 
     import pandas as pd
 
-    from molf import closure, memory, models, tracking
+    from molf import closure, lineage, machine, memory, models, tracking
     from molf.evaluation import LanguageModel
     from molf.methods import METHODS
     from molf.tasks import TASKS
@@ -26,14 +26,16 @@ def run() -> None:
     base, budget = MODELS / cell.model, params.training_for(cell.task)
     block = params.tasks[cell.task]
     data = read_json(PREPARED / cell.task / "summary.json")
-    began = None
+    rows = PREPARED / cell.task / "test.parquet"
+    asked, began = models.file_hash(rows), None
     with memory.explained_by(lambda: f"lower evaluation.batch_size (now {params.evaluation.batch_size})"):
         if cell.method == BASE_METHOD:
-            trained = untrained_fingerprint(models.describe(base)["hash"])
+            origin, weights = models.describe(base), base
+            trained = untrained_fingerprint(origin["hash"])
             network = models.load_model(base, models.weight_dtype(budget.dtype))
         else:
             training = read_json(cell.results / "train" / "run.json")
-            trained, began = training["fingerprint"], training["started"]
+            origin, trained, began = training["model"], training["fingerprint"], training["started"]
             weights = models.find_weights(cell.weights)
             network = METHODS[params.methods[cell.method].kind].load(base, weights, models.weight_dtype(budget.dtype))
         lm = LanguageModel(
@@ -42,7 +44,7 @@ def run() -> None:
         models.to_device(network, budget.threads)
         started = time.perf_counter()
         scorer = TASKS[block.kind]
-        predictions = scorer.predict(lm, pd.read_parquet(PREPARED / cell.task / "test.parquet"), params.evaluation)
+        predictions = scorer.predict(lm, pd.read_parquet(rows), params.evaluation)
     scores = scorer.metrics(predictions)
     seconds = time.perf_counter() - started
     evaluation = params.evaluation.model_dump(mode="json")
@@ -66,6 +68,10 @@ def run() -> None:
     directory = cell.results / "evaluation"
     shutil.rmtree(directory, ignore_errors=True)
     write_parquet(directory / "predictions.parquet", predictions)
+    weights_hash = origin["hash"] if cell.method == BASE_METHOD else models.folder_hash(weights)
+    report["lineage"] = lineage.of_evaluation(
+        cell, directory / "predictions.parquet", weights_hash, origin, data, asked, machine.git_commit()
+    )
     write_json(directory / "metrics.json", report)
     tracking.log_evaluation(cell.results, params.tracking.experiment)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items() if count)

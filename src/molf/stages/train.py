@@ -28,7 +28,19 @@ def run() -> None:
 
 def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     """Trains it; of several processes the first alone writes results, logs and speaks."""
-    from molf import checkpoint, closure, collective, machine, memory, methods, models, resume, tracking, training
+    from molf import (
+        checkpoint,
+        closure,
+        collective,
+        lineage,
+        machine,
+        memory,
+        methods,
+        models,
+        resume,
+        tracking,
+        training,
+    )
     from molf.batches import read_examples
 
     models.quiet()
@@ -42,7 +54,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, versions),
         "config": config,
-        "data": {"hash": data["data_hash"], "generated": data["generated"], "source": data["source"]},
+        "data": lineage.data_record(data),
         "model": model,
         "code": code,
         "git_commit": machine.git_commit(),
@@ -67,7 +79,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     target = weights if kept else UNKEPT / cell.name
     for directory in (results, weights, target) if first else ():
         shutil.rmtree(directory, ignore_errors=True)
-    block = params.methods[cell.method]
+    block, trained_on = params.methods[cell.method], models.file_hash(prepared / "train.parquet")
     live_run = tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext()
     with live_run as live, keeper.explaining(), memory.explained(base, block, budget):
         outcome = training.train(
@@ -87,10 +99,15 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
             write_json(weights / models.ELSEWHERE, {"path": str(target), "hash": models.folder_hash(target)})
         if len(keeper.hardware) > 1:  # whose cost is like no other cell's
             record["hardware"]["fingerprint"] = fingerprint(record["fingerprint"], keeper.hardware)
-        summary = {"cell": cell.name, "fingerprint": record["fingerprint"], **outcome.summary}
         write_parquet(results / "history.parquet", outcome.history)
         if outcome.routing is not None:
             write_parquet(results / "routing.parquet", outcome.routing)
+        summary = {
+            "cell": cell.name,
+            "fingerprint": record["fingerprint"],
+            **outcome.summary,
+            "lineage": lineage.of_training(record, target, kept, trained_on, results, live.run_id),
+        }
         write_json(results / "summary.json", summary)
         write_json(results / "run.json", record)
         live.finish(cell.results)

@@ -1,0 +1,473 @@
+"""Where a number of the report comes from: what the stages note of it, and the chain back to the source, checked.
+
+A note enters no fingerprint. What it says is checked against the files that are here, so that a chain holds on any
+machine, whatever of it was pulled.
+"""
+
+import difflib
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from molf import closure, models, tracking
+from molf.config import PARAMS, Params, cell_config, fingerprint, untrained_fingerprint
+from molf.errors import RunError, UserError
+from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, read_json
+
+UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
+SHOWN_CELLS = 20  # of those that are named when one is not known
+TOLERANCE = 1e-6  # between a score and the same one recomputed from its rows
+
+
+class State(StrEnum):
+    """What checking a link of the chain found."""
+
+    OK = "ok"
+    DIFFERS = "differs"
+    AWAY = "not here"
+    UNCHECKED = "not checked"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of a chain: what it is, its value, where it lies, and what a check of it found."""
+
+    name: str
+    value: str
+    place: str
+    state: State
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A cell's score and the links from it back to its source."""
+
+    cell: Cell
+    number: str
+    links: list[Link]
+
+    def differing(self) -> list[Link]:
+        """The links that are not what they were."""
+        return [link for link in self.links if link.state is State.DIFFERS]
+
+
+# --- what the stages note --------------------------------------------------------------------------------------------
+
+
+def data_record(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prepared data set's summary.json says of it, as kept in every `run.json`, its hash as `hash`."""
+    return {"hash": summary["data_hash"], **{key: value for key, value in summary.items() if key != "data_hash"}}
+
+
+def of_training(
+    record: Mapping[str, Any], weights: Path, kept: bool, trained_on: str, results: Path, run_id: str | None
+) -> dict[str, Any]:
+    """What a training knows of where its numbers come from, for train/summary.json.
+
+    Args:
+        record: What run.json holds.
+        weights: The folder that holds the weights.
+        kept: Whether they stay there after the evaluation.
+        trained_on: sha256 of the train rows' file, taken before they were read.
+        results: results/CELL/train, with history.parquet and perhaps routing.parquet.
+        run_id: MLflow's id of the live run; None if there was none.
+    """
+    cell = Cell(**record["cell"])
+    return {
+        "weights": {"path": str(cell.weights), "hash": models.folder_hash(weights), "kept": kept},
+        "records": {path.name: models.file_hash(path) for path in sorted(results.glob("*.parquet"))},
+        "params": {"path": str(PARAMS), "hash": fingerprint(record["config"])},
+        "data": {
+            "path": str(PREPARED / cell.task),
+            "hash": record["data"]["hash"],
+            "files": {"train.parquet": trained_on},
+        },
+        "source": record["data"]["source"],
+        "model": {"path": str(MODELS / cell.model), **record["model"]},
+        "code": record["code"],
+        "git_commit": record["git_commit"],
+        "mlflow_run": run_id,
+    }
+
+
+def of_evaluation(
+    cell: Cell,
+    predictions: Path,
+    weights_hash: str,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    asked: str,
+    git_commit: str | None,
+) -> dict[str, Any]:
+    """What an evaluation knows of where its scores come from, for evaluation/metrics.json.
+
+    Args:
+        cell: The cell, or the untrained model's.
+        predictions: predictions.parquet.
+        weights_hash: Of the folder whose weights were asked.
+        model: The base model's description.
+        data: The prepared data's summary.json.
+        asked: sha256 of the test rows' file, taken before they were read.
+        git_commit: The checked-out commit.
+    """
+    return {
+        "predictions": {"path": str(predictions), "sha256": models.file_hash(predictions)},
+        "weights": {"hash": weights_hash},
+        "data": {"path": str(PREPARED / cell.task), "hash": data["data_hash"], "files": {"test.parquet": asked}},
+        "source": data["source"],
+        "model": {"path": str(MODELS / cell.model), **model},
+        "git_commit": git_commit,
+    }
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
+
+
+def find(name: str) -> Cell:
+    """The cell of that name, as the report shows it.
+
+    Raises:
+        UserError: There is none: with those that there are.
+    """
+    known = {
+        str(path.relative_to(RESULTS))
+        for path in RESULTS.glob("*/*/*/seed-*")
+        if any((path / file).is_file() for file in ("evaluation/metrics.json", "train/summary.json"))
+    }
+    given = name.strip().removeprefix(f"{RESULTS}/").rstrip("/")
+    if given in known:
+        return Cell.parse(given)
+    if not known:
+        raise UserError(f"{name}: there are no results here yet; `dvc pull {RESULTS}` brings a teammate's, or make run")
+    near = difflib.get_close_matches(given, known, SHOWN_CELLS, cutoff=0)
+    rest = f", and {len(known) - len(near)} more below {RESULTS}/" if len(known) > len(near) else ""
+    raise UserError(f"there is no cell {name!r}; a cell is MODEL/TASK/METHOD/seed-S, here: {', '.join(near)}{rest}")
+
+
+def trace(cell: Cell, params: Params) -> Chain:
+    """The chain of a cell's score, every hash in it computed anew from the files that are here.
+
+    Args:
+        cell: As `find` gives it.
+        params: What params.yaml says now.
+    """
+    metrics = _read(cell.results / "evaluation/metrics.json")
+    run = _read(cell.results / "train/run.json")
+    if metrics is None and run is None:
+        raise UserError(
+            f"{cell.name}: neither {cell.results}/train/run.json nor its evaluation is here; dvc pull {cell.results}"
+        )
+    noted = (_read(cell.results / "train/summary.json") or {}).get("lineage", {})
+    seen = (metrics or {}).get("lineage", {})
+    links = _scored(cell, metrics, seen, params) if metrics else []
+    links += _weights(cell, noted, seen)
+    if run is not None:
+        links += _trained(cell, run, noted, params)
+    model = seen.get("model") or (run or {}).get("model")
+    data_hash = metrics["data_hash"] if metrics else run["data"]["hash"]
+    source = run["data"]["source"] if run else seen.get("source")
+    links += [_model(cell, model, metrics), *_data(cell, data_hash, [noted, seen]), *_source(cell.task, source)]
+    if run is not None:
+        links.append(_code("training code", "molf.stages.train", run["code"], run["git_commit"]))
+    if metrics:
+        links.append(_code("evaluation code", "molf.stages.evaluate", metrics["code"], seen.get("git_commit")))
+    commit = run["git_commit"] if run else seen.get("git_commit")
+    key = run["fingerprint"] if run else metrics["fingerprint"]
+    links += [_commit(commit), _mlflow(key, params, noted.get("mlflow_run"))]
+    return Chain(cell, _number(metrics), links)
+
+
+def render(chain: Chain) -> str:
+    """A chain as lines: state, link, value, place; what to do where it is not as it was."""
+    width = {key: max(len(str(getattr(link, key))) for link in chain.links) for key in ("state", "name")}
+    lines = [f"{chain.cell.name}: {chain.number}"]
+    for link in chain.links:
+        where = f"  {link.place}" if link.place else ""
+        lines.append(f"  {link.state:{width['state']}}  {link.name:{width['name']}}  {link.value}{where}".rstrip())
+        if link.note:
+            lines.append(f"  {'':{width['state']}}  {'':{width['name']}}  ({link.note})")
+    counts = {state: sum(link.state is state for link in chain.links) for state in State}
+    lines.append(
+        f"{len(chain.links)} links: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    )
+    return "\n".join(lines)
+
+
+def plain(chain: Chain) -> dict[str, Any]:
+    """A chain as plain data."""
+    return {
+        "cell": chain.cell.name,
+        "number": chain.number,
+        "links": [asdict(link) for link in chain.links],
+        "ok": not chain.differing(),
+    }
+
+
+def _number(metrics: Mapping[str, Any] | None) -> str:
+    if metrics is None:
+        return "not evaluated yet"
+    left_out = ", ".join(f"{count} left out: {reason}" for reason, count in metrics["left_out"].items() if count)
+    shown = f"{metrics['primary_name']} {metrics['primary']:.4f} on {metrics['n']} examples"
+    return f"{shown} ({left_out})" if left_out else shown
+
+
+def _scored(cell: Cell, metrics: Mapping[str, Any], seen: Mapping[str, Any], params: Params) -> list[Link]:
+    """From the report's number to the rows that it was computed from."""
+    path = cell.results / "evaluation/predictions.parquet"
+    key = fingerprint(metrics["train_fingerprint"], metrics["data_hash"], metrics["evaluation"], metrics["code"])
+    evaluation = params.evaluation.model_dump(mode="json")
+    changes = _changes(metrics["evaluation"], evaluation)
+    return [
+        _reported(cell, metrics),
+        _recomputed(metrics, path),
+        _file("predictions", path, seen.get("predictions", {}).get("sha256")),
+        _compared(
+            "evaluation",
+            f"fingerprint {metrics['fingerprint']}",
+            str(cell.results / "evaluation/metrics.json"),
+            key == metrics["fingerprint"],
+            "its parts give another one: the file was changed",
+        ),
+        _compared("evaluation params", f"hash {fingerprint(metrics['evaluation'])}", str(PARAMS), not changes, changes),
+    ]
+
+
+def _reported(cell: Cell, metrics: Mapping[str, Any]) -> Link:
+    """Whether the report shows this very score."""
+    path = REPORTS / "comparison.json"
+    value = f"{metrics['primary_name']} {metrics['primary']:.4f}"
+    comparison = _read(path)
+    if comparison is None:
+        return _away("report", value, path)
+    for group in comparison["groups"]:
+        if (group["model"], group["task"]) != (cell.model, cell.task):
+            continue
+        shown = [
+            (seed["evaluation_fingerprint"], seed["score"])
+            for method in group["methods"]
+            for seed in method["per_seed"]
+            if (method["method"], seed["seed"]) == (cell.method, cell.seed)
+        ]
+        if cell.method == BASE_METHOD and group["base"]:
+            shown = [(group["base"]["fingerprint"], group["base"]["mean"])]
+        for key, score in shown:
+            same = key == metrics["fingerprint"] and abs(score - metrics["primary"]) <= TOLERANCE
+            return _compared(
+                "report", value, str(path), same, "the report is of another evaluation; `dvc repro compare`"
+            )
+    return Link("report", value, str(path), State.AWAY, "the last comparison did not hold this cell")
+
+
+def _recomputed(metrics: Mapping[str, Any], path: Path) -> Link:
+    """The score, computed anew from the rows."""
+    if not path.is_file():
+        return _away("score", f"{metrics['primary']:.6f}", path)
+
+    import pandas as pd
+
+    from molf.report import statistics
+    from molf.tasks import TASKS
+
+    task = TASKS[metrics["task_kind"]]
+    names = list(task.COMPONENTS)
+    rows = pd.read_parquet(path, columns=names)
+    again = float(statistics.scores(rows.to_numpy(float)[None, None], names, task.combine)[0, 0])
+    value = f"{metrics['primary']:.6f} from {len(rows)} prediction rows"
+    return _compared("score", value, "", abs(again - metrics["primary"]) <= TOLERANCE, f"the rows give {again:.6f}")
+
+
+def _weights(cell: Cell, noted: Mapping[str, Any], seen: Mapping[str, Any]) -> list[Link]:
+    """The weights that were asked, and that training and evaluation speak of the same."""
+    if cell.method == BASE_METHOD:
+        return []
+    hashes = [block["weights"]["hash"] for block in (noted, seen) if "weights" in block]
+    if not hashes:
+        return [Link("weights", "hash unknown", str(cell.weights), State.UNCHECKED, UNNOTED)]
+    value = f"hash {hashes[0]}"
+    if len(set(hashes)) > 1:
+        note = f"trained are {hashes[0]}, evaluated were {hashes[1]}; `dvc repro` evaluates them"
+        return [Link("weights", value, str(cell.weights), State.DIFFERS, note)]
+    if not cell.weights.is_dir():
+        return [_away("weights", value, cell.weights)]
+    folder = cell.weights
+    note = _read(folder / models.ELSEWHERE)
+    if note is not None:  # not kept; perhaps still there
+        folder = Path(note["path"])
+        if not folder.is_dir():
+            return [
+                Link("weights", value, str(folder), State.AWAY, "not kept (training.keep); only a training makes them")
+            ]
+    return [_compared("weights", value, str(folder), models.folder_hash(folder) == hashes[0], "these are others")]
+
+
+def _trained(cell: Cell, run: Mapping[str, Any], noted: Mapping[str, Any], params: Params) -> list[Link]:
+    """The training, what it recorded, and the params that shaped it."""
+    parts = run["config"], run["data"]["hash"], run["model"]["hash"], run["code"], run["versions"]
+    links = [
+        _compared(
+            "training",
+            f"fingerprint {run['fingerprint']}",
+            str(cell.results / "train/run.json"),
+            fingerprint(*parts) == run["fingerprint"],
+            "its parts give another one: the file was changed",
+        )
+    ]
+    for name, digest in noted.get("records", {}).items():
+        links.append(_file(Path(name).stem, cell.results / "train" / name, digest))
+    value = f"hash {fingerprint(run['config'])}"
+    if cell.method not in params.methods or cell.task not in params.tasks:
+        links.append(Link("params", value, str(PARAMS), State.AWAY, f"no block there for {cell.method} or {cell.task}"))
+    else:
+        changes = _changes(run["config"], cell_config(params, cell))
+        links.append(_compared("params", value, str(PARAMS), not changes, changes))
+    return links
+
+
+def _model(cell: Cell, model: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> Link:
+    """The base model that was trained, or asked as it is."""
+    folder = MODELS / cell.model
+    if model is None:
+        return Link("base model", "hash unknown", str(folder), State.UNCHECKED, UNNOTED)
+    value = f"{describe_model(model)}, hash {model['hash']}"
+    if metrics and cell.method == BASE_METHOD and metrics["train_fingerprint"] != untrained_fingerprint(model["hash"]):
+        return Link(
+            "base model", value, str(folder), State.DIFFERS, "the scores are of another; `dvc repro` asks this one"
+        )
+    if not folder.is_dir():
+        return _away("base model", value, folder)
+    return _compared("base model", value, str(folder), models.folder_hash(folder) == model["hash"], "this is another")
+
+
+def describe_model(model: Mapping[str, Any]) -> str:
+    """A base model's origin in words."""
+    revision = f"@{model['revision']}" if "revision" in model else ""
+    origin = model.get("id") or model.get("package") or model.get("kind", "unknown")
+    return f"{model['name']} ({origin}{revision})"
+
+
+def _data(cell: Cell, data_hash: str, blocks: Iterable[Mapping[str, Any]]) -> list[Link]:
+    """The prepared data's hash, and the files that were read of it."""
+    folder = PREPARED / cell.task
+    summary = _read(folder / "summary.json")
+    if summary is None:
+        return [_away("data", f"hash {data_hash}", folder)]
+    now = summary["data_hash"]
+    links = [_compared("data", f"hash {data_hash}", str(folder), now == data_hash, f"the data here has hash {now}")]
+    for block in blocks:
+        for name, digest in block.get("data", {}).get("files", {}).items():
+            links.append(_file(f"{Path(name).stem} rows", folder / name, digest))
+    return links
+
+
+def _source(task: str, source: Mapping[str, Any] | None) -> list[Link]:
+    """Where the rows came from: what `fetch` noted then and holds now, and files that it read."""
+    folder = RAW / task
+    if source is None:
+        return [Link("source", "unknown", str(folder), State.UNCHECKED, UNNOTED)]
+    now = _read(folder / "source.json")
+    value = describe_source(source)
+    links = [
+        _away("source", value, folder)
+        if now is None
+        else _compared("source", value, str(folder), now == source, f"the rows here came from {describe_source(now)}")
+    ]
+    for split, files in source.get("files", {}).items():
+        listed = files if isinstance(files, list) else [files]
+        hashed = [(Path(file["from"]), file["sha256"]) for file in listed if "sha256" in file]
+        if source["kind"] == "file" and hashed:
+            links.append(_files(f"{split} source", hashed))
+    return links
+
+
+def describe_source(source: Mapping[str, Any]) -> str:
+    """A data set's origin in words: generator and seed, files, or hub id and revision."""
+    match source.get("kind"):
+        case "generated":
+            return "the built-in generator" + (f", seed {source['seed']}" if "seed" in source else "")
+        case "hub":
+            config = f" ({source['config']})" if source.get("config") else ""
+            return f"hub data set {source.get('id')}{config}@{source.get('revision')}"
+        case kind:
+            listed = [
+                f for files in source.get("files", {}).values() for f in (files if isinstance(files, list) else [files])
+            ]
+            return f"{kind}: " + ", ".join(dict.fromkeys(str(file["from"]) for file in listed)) if listed else str(kind)
+
+
+def _files(name: str, files: list[tuple[Path, str]]) -> Link:
+    """Several files as one link, which names those that are not as they were."""
+    here = [(path, digest) for path, digest in files if path.is_file()]
+    wrong = [str(path) for path, digest in here if models.file_hash(path) != digest]
+    value = f"sha256 {files[0][1]}" if len(files) == 1 else f"{len(files)} files with their sha256"
+    place = str(files[0][0]) if len(files) == 1 else str(files[0][0].parent)
+    if wrong:
+        return Link(name, value, place, State.DIFFERS, f"changed since: {', '.join(wrong)}")
+    if len(here) < len(files):
+        return Link(name, value, place, State.AWAY, f"{len(files) - len(here)} of {len(files)} files are not here")
+    return Link(name, value, place, State.OK)
+
+
+def _code(name: str, module: str, recorded: str, commit: str | None) -> Link:
+    where = f"; `git checkout {commit.rstrip('+')}` has it" if commit else ""
+    same = closure.code_hash(module) == recorded
+    return _compared(name, f"hash {recorded}", module, same, f"the code here is another{where}")
+
+
+def _commit(commit: str | None) -> Link:
+    """The commit that was checked out, and whether this repository has it."""
+    if commit is None:
+        return Link("git commit", "none", "", State.UNCHECKED, "it ran outside a repository, or an earlier molf ran it")
+    changed = "tracked files differed from it" if commit.endswith("+") else ""
+    try:
+        command = ["git", "cat-file", "-e", f"{commit.rstrip('+')}^{{commit}}"]
+        known = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return Link("git commit", commit, "", State.UNCHECKED, "git is not installed")
+    if known:
+        return Link("git commit", commit, "", State.OK, changed)
+    return Link("git commit", commit, "", State.AWAY, "git fetch --all")
+
+
+def _mlflow(key: str, params: Params, live: str | None) -> Link:
+    """The run that shows the cell, found by its fingerprint in the store that is here."""
+    try:
+        found = tracking.find_run(key, params.tracking.experiment)
+    except RunError as error:
+        return Link("MLflow run", live or "unknown", "", State.UNCHECKED, str(error))
+    if found is None:
+        return Link(
+            "MLflow run", live or "unknown", f"experiment {params.tracking.experiment}", State.AWAY, "molf track"
+        )
+    return Link("MLflow run", found, f"experiment {params.tracking.experiment}", State.OK)
+
+
+def _file(name: str, path: Path, recorded: str | None) -> Link:
+    """A file by its sha256."""
+    if recorded is None:
+        return Link(name, "sha256 unknown", str(path), State.UNCHECKED, UNNOTED)
+    if not path.is_file():
+        return _away(name, f"sha256 {recorded}", path)
+    now = models.file_hash(path)
+    return _compared(name, f"sha256 {recorded}", str(path), now == recorded, f"the file here has {now}")
+
+
+def _compared(name: str, value: str, place: str, same: bool, note: str) -> Link:
+    return Link(name, value, place, State.OK) if same else Link(name, value, place, State.DIFFERS, note)
+
+
+def _away(name: str, value: str, path: Path) -> Link:
+    return Link(name, value, str(path), State.AWAY, f"dvc pull {path}")
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    from molf.report.comparison import changes
+
+    return "; ".join(changes(then, now))
+
+
+def _read(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
