@@ -82,8 +82,7 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
         described["answers"][split], described["lengths"][split] = _answers(table), _lengths(table)
         counts.setdefault(split, dict.fromkeys(("raw", "rejected", "duplicates", "near_duplicates"), 0))
         counts[split]["kept"] = len(table)
-    for path in sorted((directory / "databases").glob("*")):
-        digest.update(path.name.encode() + path.read_bytes())
+    _add_databases(digest, directory)
     summary = {
         "task": name,
         "kind": block.kind,
@@ -318,8 +317,30 @@ def _write(path: Path, table: "pa.Table", task: Task, digest: Any, split: str) -
     digest.update(split.encode())
     for frame in _frames(table):
         schema.validate(frame)
-        digest.update(frame.to_json(orient="records", lines=True, force_ascii=True).encode())
+        _add(digest, frame)
     atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", row_group_size=CHUNK))
+
+
+def data_hash(directory: Path) -> str:
+    """The hash of a prepared data set, computed anew from its files."""
+    import pyarrow.parquet as pq
+
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        digest.update(split.encode())
+        for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(CHUNK):
+            _add(digest, batch.to_pandas())
+    _add_databases(digest, directory)
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, frame: pd.DataFrame) -> None:
+    digest.update(frame.to_json(orient="records", lines=True, force_ascii=True).encode())
+
+
+def _add_databases(digest: Any, directory: Path) -> None:
+    for path in sorted((directory / "databases").glob("*")):
+        digest.update(path.name.encode() + path.read_bytes())
 
 
 def _own_databases(table: "pa.Table", directory: Path, name: str) -> "pa.Table":

@@ -16,6 +16,7 @@ from molf import closure, models, tracking
 from molf.config import PARAMS, Params, cell_config, fingerprint, untrained_fingerprint
 from molf.errors import RunError, UserError
 from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, read_json
+from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
 SHOWN_CELLS = 20  # of those that are named when one is not known
@@ -349,14 +350,15 @@ def describe_model(model: Mapping[str, Any]) -> str:
     return f"{model['name']} ({origin}{revision})"
 
 
-def _data(cell: Cell, data_hash: str, blocks: Iterable[Mapping[str, Any]]) -> list[Link]:
+def _data(cell: Cell, recorded: str, blocks: Iterable[Mapping[str, Any]]) -> list[Link]:
     """The prepared data's hash, and the files that were read of it."""
+    from molf.data import SPLITS, data_hash
+
     folder = PREPARED / cell.task
-    summary = _read(folder / "summary.json")
-    if summary is None:
-        return [_away("data", f"hash {data_hash}", folder)]
-    now = summary["data_hash"]
-    links = [_compared("data", f"hash {data_hash}", str(folder), now == data_hash, f"the data here has hash {now}")]
+    if any(not (folder / f"{split}.parquet").is_file() for split in SPLITS):
+        return [_away("data", f"hash {recorded}", folder)]
+    now = data_hash(folder)
+    links = [_compared("data", f"hash {recorded}", str(folder), now == recorded, f"the rows here have {now}")]
     for block in blocks:
         for name, digest in block.get("data", {}).get("files", {}).items():
             links.append(_file(f"{Path(name).stem} rows", folder / name, digest))
@@ -366,36 +368,20 @@ def _data(cell: Cell, data_hash: str, blocks: Iterable[Mapping[str, Any]]) -> li
 def _source(task: str, source: Mapping[str, Any] | None) -> list[Link]:
     """Where the rows came from: what `fetch` noted then and holds now, and files that it read."""
     folder = RAW / task
-    if source is None:
+    if not isinstance(source, Mapping):
         return [Link("source", "unknown", str(folder), State.UNCHECKED, UNNOTED)]
     now = _read(folder / "source.json")
-    value = describe_source(source)
+    value = quality.origin(source)
     links = [
         _away("source", value, folder)
         if now is None
-        else _compared("source", value, str(folder), now == source, f"the rows here came from {describe_source(now)}")
+        else _compared("source", value, str(folder), now == source, f"the rows here came from {quality.origin(now)}")
     ]
-    for split, files in source.get("files", {}).items():
-        listed = files if isinstance(files, list) else [files]
-        hashed = [(Path(file["from"]), file["sha256"]) for file in listed if "sha256" in file]
-        if source["kind"] == "file" and hashed:
+    for split, files in quality.files_of(source).items() if source.get("kind") == "file" else ():
+        hashed = [(Path(file["from"]), file["sha256"]) for file in files if "sha256" in file]
+        if hashed:
             links.append(_files(f"{split} source", hashed))
     return links
-
-
-def describe_source(source: Mapping[str, Any]) -> str:
-    """A data set's origin in words: generator and seed, files, or hub id and revision."""
-    match source.get("kind"):
-        case "generated":
-            return "the built-in generator" + (f", seed {source['seed']}" if "seed" in source else "")
-        case "hub":
-            config = f" ({source['config']})" if source.get("config") else ""
-            return f"hub data set {source.get('id')}{config}@{source.get('revision')}"
-        case kind:
-            listed = [
-                f for files in source.get("files", {}).values() for f in (files if isinstance(files, list) else [files])
-            ]
-            return f"{kind}: " + ", ".join(dict.fromkeys(str(file["from"]) for file in listed)) if listed else str(kind)
 
 
 def _files(name: str, files: list[tuple[Path, str]]) -> Link:

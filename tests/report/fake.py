@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from molf.config import Params, cell_config, check_params, fingerprint, untrained_fingerprint
+from molf.models import file_hash
 from molf.paths import Cell, write_json, write_parquet
 
 EXAMPLES = 40
@@ -95,6 +96,37 @@ def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] 
     }
 
 
+def describe_data(task: str) -> dict[str, Any]:
+    """What run.json says of a task's data: three rows were rejected, two have copies in another split."""
+    first = {"file": 0, "source_row": 7, "value": "w" * 30}
+    return {
+        "hash": f"hash-of-{task}",
+        "task": task,
+        "kind": task,
+        "generated": True,
+        "license": "cc-by-4.0",
+        "source": {
+            "kind": "generated",
+            "generated": True,
+            "name": task,
+            "license": "cc-by-4.0",
+            "files": {"train": [{"from": "the built-in generator", "rows": 60, "bytes": None, "sha256": None}]},
+            "seed": 3,
+        },
+        "rows": {
+            "train": {"raw": 60, "rejected": 3, "duplicates": 4, "near_duplicates": 1, "kept": 48},
+            "validation": {"raw": 0, "rejected": 0, "duplicates": 0, "near_duplicates": 0, "kept": 5},
+            "test": {"raw": 0, "rejected": 0, "duplicates": 0, "near_duplicates": 0, "kept": EXAMPLES},
+        },
+        "reasons": [{"split": "train", "column": "question", "check": "is not empty", "rows": 3, "first": first}],
+        "noticed": [],
+        "leaks": [{"split": "train", "of_split": "test", "exact": 1, "near": 1, "dropped": 0}],
+        "answers": {"test": {"most_common": "A", "share": 0.55, "distinct": 4}},
+        "lengths": {"test": {"prompt": {"median": 50, "p95": 80, "longest": 1234}}},
+        "warnings": ["test: 55% of the answers are 'A'"],
+    }
+
+
 def write_tree(root: Path, raw: dict[str, Any]) -> Params:
     """Writes params.yaml and every cell of its grid, the untrained model's included; returns the params."""
     params = check_params(raw, "params.yaml")
@@ -155,14 +187,15 @@ def write_cell(root: Path, params: Params, cell: Cell) -> None:
         "dropped_too_long": 0,
         "routing": routing,
         "warnings": [],
+        "lineage": {"weights": {"path": str(cell.weights), "hash": f"weights-of-{cell.method}", "kept": True}},
     }
     write_json(train / "summary.json", summary)
     run = {
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "fingerprint": key,
         "config": config,
-        "data": {"hash": f"hash-of-{cell.task}", "generated": True, "source": {"kind": "generated"}},
-        "model": {"hash": "hash-of-tiny", "name": "tiny"},
+        "data": describe_data(cell.task),
+        "model": {"hash": "hash-of-tiny", "name": "tiny", "kind": "tiny", "generated": True},
         "code": "c" * 16,
         "git_commit": "0" * 40,
         "versions": {"python": "3.11.0", "torch": "2.13.0"},
@@ -203,5 +236,9 @@ def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str, 
         "left_out": {"gold does not run": 1} if kind == "sql" else {},
         "metrics": {name: float(value) for name, value in means.items()},
         "seconds": 1.0,
+        "lineage": {
+            "predictions": {"path": "predictions.parquet", "sha256": file_hash(folder / "predictions.parquet")},
+            "weights": {"hash": f"weights-of-{cell.method}"},
+        },
     }
     write_json(folder / "metrics.json", metrics)

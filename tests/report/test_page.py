@@ -66,10 +66,20 @@ def test_page_is_self_contained_and_complete(root: Path) -> None:
         assert words in text
 
 
+def spoil(value: Any) -> Any:
+    """Plain data with every text but hashes and splits made hostile."""
+    if isinstance(value, dict):
+        return {key: item if key in ("hash", "split") else spoil(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [spoil(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
 def test_page_escapes_what_comes_from_data(root: Path) -> None:
     for path in root.glob("results/*/*/*/*/train/run.json"):
         run = read_json(path)
-        run["hardware"]["name"] = run["data"]["source"]["kind"] = run["versions"][HOSTILE] = HOSTILE
+        run["hardware"]["name"] = run["versions"][HOSTILE] = HOSTILE
+        run["data"] = {**spoil(run["data"]), "noticed": spoil(run["data"]["reasons"])}
         write_json(path, run)
     for path in root.glob("results/*/*/*/*/train/summary.json"):
         write_json(path, {**read_json(path), "warnings": [HOSTILE]})
@@ -77,19 +87,66 @@ def test_page_escapes_what_comes_from_data(root: Path) -> None:
         metrics = read_json(path)
         metrics["left_out"], metrics["metrics"][HOSTILE] = {HOSTILE: 1}, 1.0
         write_json(path, metrics)
-    summary: dict[str, Any] = {
-        "rows": {"train": {"raw": 10, "kept": 9}},
-        "reasons": {HOSTILE: 1},
-        "source": {"name": HOSTILE},
-        "data_hash": "hash-of-sql",
-    }
-    write_json(root / "data/prepared/sql/summary.json", summary)
     compare.run()
     text = (root / "reports/report.html").read_text()
     assert "<script" not in text
-    assert "Rejected rows by reason: 1 &lt;script&gt;" in text
-    assert text.count("&lt;script&gt;") > 20
+    shown = "&lt;script&gt;alert(1)&lt;/script&gt;"
+    assert f"<td>{shown}</td><td>3</td><td>row 7</td><td>{shown}</td>" in text
+    assert text.count(shown) > 20
     assert "<script" not in page.markdown_table(read_json(root / "reports/comparison.json"))
+
+
+def section(text: str, heading: str) -> str:
+    """What stands between a heading of the page and the next, its tags taken out."""
+    inside = text.split(f"<h2>{heading}</h2>")[1].split("<h2>")[0]
+    return " ".join(re.sub(r"<[^>]*>", " ", inside).split())
+
+
+def test_page_shows_the_data_of_each_task(root: Path) -> None:
+    compare.run()
+    said = section((root / "reports/report.html").read_text(), "The data")
+    for task in ("sql", "fact"):
+        assert f"{task} generated data From the built-in generator, seed 3; licence: cc-by-4.0" in said
+        assert f"hash-of-{task}" in said
+    for words in (
+        "train 60 3 4 1 48",
+        "validation cut off train 5",
+        f"train question is not empty 3 row 7 {'w' * 30}",
+        "train test 1 1 0",
+        "test 4 55.0% A",
+        "test prompt 50 80 1,234",
+        "warning test: 55% of the answers are &#39;A&#39;",
+    ):
+        assert said.count(words) == 2, words
+    assert read_json(root / "reports/comparison.json")["data"]["sql"]["reasons"][0]["rows"] == 3
+
+
+def test_page_shows_the_hashes_and_the_command_of_each_cell(root: Path) -> None:
+    compare.run()
+    said = section((root / "reports/report.html").read_text(), "How it was made")
+    for name in ("tiny/sql/molf/seed-0", "tiny/fact/fft/seed-0"):
+        run = read_json(root / f"results/{name}/train/run.json")
+        metrics = read_json(root / f"results/{name}/evaluation/metrics.json")
+        assert f"{name}: fingerprint {run['fingerprint']} molf lineage {name}" in said
+        assert f"predictions (sha256) {metrics['lineage']['predictions']['sha256']}" in said
+    assert "weights weights-of-molf-e" in said
+
+
+def test_page_of_results_that_an_earlier_version_made(root: Path) -> None:
+    for path in root.glob("results/*/*/*/*/train/*.json"):
+        value = read_json(path)
+        value.pop("lineage", None)
+        if "data" in value:
+            value["data"] = {"hash": value["data"]["hash"], "generated": True, "source": {"kind": "generated"}}
+        write_json(path, value)
+    for path in root.glob("results/*/*/*/*/evaluation/metrics.json"):
+        value = read_json(path)
+        del value["lineage"]
+        write_json(path, value)
+    compare.run()
+    text = (root / "reports/report.html").read_text()
+    assert "the built-in generator; licence: unknown" in section(text, "The data")
+    assert "weights - data hash-of-sql" in section(text, "How it was made")
 
 
 def test_terminal_table(root: Path) -> None:

@@ -50,6 +50,7 @@ def build(params: Params, root: Path) -> dict[str, Any]:
         "hardware": list(hardware.values()),
         "costs_comparable": len(hardware) == 1,
         "groups": groups,
+        "data": {cell.task: found["run"]["data"] for cell, found in loaded.items()},
         "cells": [_provenance(cell, found) for cell, found in loaded.items()],
     }
     return {"sentence": sentence(comparison), **comparison}
@@ -279,7 +280,6 @@ def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Any], ro
         "generated": every[0]["run"]["generated_data"],
         "examples": min(found["metrics"]["n"] for found in every),
         "left_out": {reason: count for reason, count in reasons.items() if count},
-        "data": _prepared(task, root),
         "base": zero,
         "methods": rows,
         "differences": differences,
@@ -375,10 +375,19 @@ def _prepared(task: str, root: Path) -> dict[str, Any] | None:
 
 
 def _provenance(cell: Cell, found: Mapping[str, Any]) -> dict[str, Any]:
-    """How a cell was made, for the report."""
+    """How a cell was made, for the report; its data is described once for all cells."""
     run = found["run"]
-    kept = ("fingerprint", "config", "data", "model", "git_commit", "versions", "hardware")
-    return {"cell": cell.name, **{key: run[key] for key in kept}, "evaluation": found["metrics"]["fingerprint"]}
+    noted, seen = found["summary"].get("lineage", {}), found["metrics"].get("lineage", {})
+    kept = ("fingerprint", "config", "model", "code", "git_commit", "versions", "hardware")
+    return {
+        "cell": cell.name,
+        **{key: run[key] for key in kept},
+        "data": run["data"]["hash"],
+        "weights": noted.get("weights", {}).get("hash"),
+        "evaluation": found["metrics"]["fingerprint"],
+        "evaluation_code": found["metrics"]["code"],
+        "predictions": seen.get("predictions", {}).get("sha256"),
+    }
 
 
 def changes(then: Any, now: Any, key: str = "") -> list[str]:

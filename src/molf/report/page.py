@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.paths import BASE_METHOD, Cell
+from molf.report import quality
 
 TEMPLATE = "page.html"
 SEEN = (  # where a reader goes from the terminal
@@ -45,7 +46,32 @@ def render(comparison: Mapping[str, Any], figures: Sequence[Mapping[str, str]], 
         }
         for group in comparison["groups"]
     ]
-    return environment.get_template(TEMPLATE).render(c=comparison, groups=groups, limits=limits)
+    data = [
+        {**known, "task": task, "origin": quality.origin(known.get("source")), "tables": quality.tables(known)}
+        for task, known in comparison["data"].items()
+    ]
+    cells = [{**cell, "hashes": hashes(cell), "rest": _rest(cell)} for cell in comparison["cells"]]
+    return environment.get_template(TEMPLATE).render(c=comparison, groups=groups, limits=limits, data=data, cells=cells)
+
+
+def hashes(cell: Mapping[str, Any]) -> dict[str, str]:
+    """What a cell was made of and with, each by its hash; a dash for what an earlier molf did not note."""
+    found = {
+        "training": cell["fingerprint"],
+        "weights": cell["weights"],
+        "data": cell["data"],
+        "base model": f"{cell['model']['hash']} ({cell['model']['name']})",
+        "training code": cell["code"],
+        "evaluation": cell["evaluation"],
+        "evaluation code": cell["evaluation_code"],
+        "predictions (sha256)": cell["predictions"],
+        "git commit": cell["git_commit"],
+    }
+    return {name: value or "-" for name, value in found.items()}
+
+
+def _rest(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: cell[key] for key in ("config", "model", "versions", "hardware")}
 
 
 def table(group: Mapping[str, Any]) -> list[list[str]]:
