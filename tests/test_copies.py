@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from molf import copies
-from molf.copies import banding, clusters, exact_keys, near_pairs, signatures
+from molf.copies import banding, clusters, exact_keys, near_pairs, partners, signatures
 
 WORDS = ["".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz", k=2 + seed % 8)) for seed in range(3000)]
 
@@ -241,6 +241,35 @@ def test_where_thousands_are_alike_pairs_stay_few_and_links_whole() -> None:
     # Linked are just those that all pairs would link, but for a row or two at a cluster's rim.
     mine, true = clusters(len(texts), left, right), clusters(len(texts), true_left, true_right)
     assert len(set(mine.tolist())) <= len(set(true.tolist())) + 0.01 * len(texts)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_partners_are_the_nearest_on_the_other_side(crowded: bool) -> None:
+    draw = random.Random(9)
+    frame = " ".join([*draw.choices(WORDS, k=25), "{} {}", *draw.choices(WORDS, k=25)])  # near 0.8
+    texts = [template(draw, frame) if crowded else text(draw) for _ in range(1500)]
+    texts += [mutated(draw, row, draw.randint(0, 4)) for row in draw.sample(texts, 500)]
+    texts += draw.choices(texts, k=20)
+    made = signatures(texts)
+    side = np.array([draw.random() < 0.3 for _ in texts])
+    order = np.array(draw.sample(range(len(texts)), len(texts)))
+    inside, others = order[~side], order[side]
+    of, found = partners(made, inside, others, 0.85)
+    alike = np.stack([(made[row] == made[others]).mean(axis=1) for row in inside])
+    best = alike.max(axis=1)
+    assert (of.dtype, found.dtype) == (np.int64, np.float32) and not set(of.tolist()) & set(inside.tolist())
+    paired = of >= 0
+    assert (found[~paired] == 0).all() and (found[paired] >= 0.85).all()
+    assert (found[paired] == (made[inside[paired]] == made[of[paired]]).mean(axis=1)).all()
+    assert 150 < paired.sum() <= (best >= 0.85).sum() and not (paired & (best < 0.85)).any()
+    # Among a crowd, some near copy for (nearly) every row; else the nearest, for nearly every one above the threshold.
+    assert paired.sum() >= (0.98 if crowded else 0.995) * (best >= 0.85).sum()
+    if not crowded:
+        assert (found[paired] == best[paired]).mean() > 0.99
+        first = [min(others[row == row.max()]) for row in alike[paired]]
+        assert (of[paired] == first).mean() > 0.99
+    none = np.empty(0, np.int64)
+    assert (partners(made, inside, none, 0.85)[0] == -1).all() and len(partners(made, none, others, 0.85)[0]) == 0
 
 
 def test_equal_rows_are_paired_with_the_first_of_them() -> None:

@@ -204,7 +204,12 @@ def near_pairs(signatures: np.ndarray, similarity: float) -> tuple[np.ndarray, n
     codes = np.empty(0, np.int64)  # of the pairs of `rows` found so far, sorted
     bands, slots = banding(similarity)
     for band in range(bands):
-        for apart, left, right in _neighbours(signatures, keys, rows, slice(band * slots, (band + 1) * slots)):
+        bucket, row = _bucketed(signatures, keys, rows, slice(band * slots, (band + 1) * slots))
+        for apart in range(1, LONE + 1):
+            here = np.flatnonzero(bucket[apart:] == bucket[:-apart])
+            if not len(here):
+                break
+            left, right = row[here], row[here + apart]
             fewest = np.minimum(partners[left], partners[right])
             settled = (fewest >= ENOUGH) & (labels[left] == labels[right]) | (fewest > 0) & (apart > NEIGHBOURS)
             fresh = np.sort(np.minimum(left, right)[~settled] * count + np.maximum(left, right)[~settled])
@@ -222,6 +227,51 @@ def near_pairs(signatures: np.ndarray, similarity: float) -> tuple[np.ndarray, n
     found, similar = np.concatenate(known), np.concatenate(estimates)
     order = np.argsort(found)
     return found[order] // count, found[order] % count, similar[order]
+
+
+def partners(
+    signatures: np.ndarray, inside: np.ndarray, others: np.ndarray, similarity: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each of some rows its nearest copy among others, as far as the bands of `banding` bring them together.
+
+    Where very many of the others are alike, a row meets those NEIGHBOURS of every bucket that are most like it on
+    either side, and LONE as long as it has no near copy.
+
+    Args:
+        signatures: uint32 (all rows, 128).
+        inside: Numbers of the rows in question.
+        others: Numbers of the rows that they are held against; none of them stands in `inside`.
+        similarity: From which two rows are near copies, from 0.5 to 1.
+
+    Returns:
+        (of, estimate), int64 and float32 (inside,): the other row, of equally similar ones the first, and the estimated
+        similarity; -1 and 0 where there is none.
+    """
+    keys, rows = _hashed(signatures, slice(None)), np.concatenate([inside, others])
+    of, best = np.full(len(signatures), -1), np.zeros(len(signatures), np.float32)
+    other_side = np.zeros(len(signatures), bool)
+    other_side[others] = True
+    bands, slots = banding(similarity)
+    for band in range(bands):
+        bucket, row = _bucketed(signatures, keys, rows, slice(band * slots, (band + 1) * slots))
+        here, there = np.flatnonzero(~other_side[row]), np.flatnonzero(other_side[row])
+        # The others before and behind each row, the nearest first.
+        behind = np.searchsorted(there, here)
+        sides = [(here, behind, 1), (here, behind - 1, -1)]
+        for far in range(LONE):
+            for side, (mine, at, step) in enumerate(sides):
+                inner = (at >= 0) & (at < len(there))
+                mine, at = mine[inner], at[inner]
+                same = bucket[mine] == bucket[there[at]]
+                same &= (far < NEIGHBOURS) | (of[row[mine]] < 0)
+                mine, at = mine[same], at[same]
+                one, other = row[mine], row[there[at]]
+                estimate = _estimates(signatures, one, other)
+                nearer = (estimate > best[one]) | ((estimate == best[one]) & (other < of[one]))
+                nearer &= estimate >= similarity
+                of[one[nearer]], best[one[nearer]] = other[nearer], estimate[nearer]
+                sides[side] = mine, at + step, step
+    return of[inside], best[inside]
 
 
 def _hashed(signatures: np.ndarray, slots: slice) -> np.ndarray:
@@ -248,10 +298,8 @@ def _equal_rows(signatures: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, n
     return left * len(order) + right, np.flatnonzero(own)
 
 
-def _neighbours(
-    signatures: np.ndarray, keys: np.ndarray, rows: np.ndarray, band: slice
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(how far apart, left, right): rows that agree in all slots of a band, side by side, then two apart, up to LONE.
+def _bucketed(signatures: np.ndarray, keys: np.ndarray, rows: np.ndarray, band: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(bucket, row) of the rows that agree with another one in all slots of a band, bucket by bucket.
 
     The rows of a bucket are sorted by the slots that follow, so that those which are more alike stand nearer; the order
     in which rows were given has no part in it.
@@ -265,12 +313,7 @@ def _neighbours(
     bucket, rows = bucket[shared], rows[shared]
     further = (np.arange(8) + band.stop) % SLOTS
     order = np.lexsort((keys[rows], *signatures[rows[:, None], further[::-1]].T, bucket))
-    bucket, rows = bucket[order], rows[order]
-    for apart in range(1, LONE + 1):
-        here = np.flatnonzero(bucket[apart:] == bucket[:-apart])
-        if not len(here):
-            return
-        yield apart, rows[here], rows[here + apart]
+    return bucket[order], rows[order]
 
 
 def _contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
