@@ -1,5 +1,6 @@
 """MLflow's runs: live and rebuilt alike, nothing twice, and no training lost to an outage."""
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -16,12 +17,17 @@ import pytest
 from molf import tracking
 from molf.config import Params
 from molf.errors import RunError, UserError
-from molf.mlflow_store import Store, _history_rows, flatten
+from molf.mlflow_store import Store, _history_rows, data_source, flatten
+from molf.models import file_hash
 from molf.paths import Cell, read_json, write_json
 from molf.report import comparison, figures, page
 from tests.report import fake
 
 CELL = Cell("tiny", "sql", "molf", 0)
+TAGS = (
+    *("lineage", "data_hash", "data_source", "data_license", "model_hash", "code_hash", "weights_hash"),
+    *("evaluated_weights_hash", "predictions_sha256"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +75,13 @@ def content(root: Path, **tags: str) -> dict[str, Any]:
         "params": run.data.params,
         "metrics": history,
         "tags": {k: v for k, v in run.data.tags.items() if k.startswith("molf.")},
-        "data": [(d.dataset.name, d.dataset.digest, d.dataset.profile) for d in run.inputs.dataset_inputs],
+        "data": [
+            (d.dataset.name, d.dataset.digest, d.dataset.source_type, d.dataset.source, d.dataset.profile)
+            for d in run.inputs.dataset_inputs
+        ],
         "artifacts": {
             f"{folder}/{Path(file.path).name}"
-            for folder in ("train", "routing", "evaluation")
+            for folder in ("train", "routing", "evaluation", "data")
             for file in store.client.list_artifacts(run.info.run_id, folder)
         },
     }
@@ -105,12 +114,102 @@ def test_live_and_rebuilt_runs_are_alike(params: Params, tmp_path: Path, fresh: 
     assert first["params"]["data_hash"] == "hash-of-sql"
     assert first["tags"]["molf.git_commit"] == "0" * 40
     assert first["tags"]["molf.generated_data"] == "true"
-    assert first["data"][0][:2] == ("sql", "hash-of-sql")
+    assert first["data"][0][:3] == ("sql", "hash-of-sql", "code")
+    assert json.loads(first["data"][0][4])["rows"]["train"]["kept"] == 48
+    predictions = tmp_path / CELL.results / "evaluation/predictions.parquet"
+    assert {key: first["tags"][f"molf.{key}"] for key in TAGS} == {
+        "lineage": f"molf lineage {CELL.name}",
+        "data_hash": "hash-of-sql",
+        "data_source": "the built-in generator, seed 3",
+        "data_license": "cc-by-4.0",
+        "model_hash": "hash-of-tiny",
+        "code_hash": "c" * 16,
+        "weights_hash": "weights-of-molf",
+        "evaluated_weights_hash": "weights-of-molf",
+        "predictions_sha256": file_hash(predictions),
+    }
+    assert [first["metrics"][f"data/{key}"][0][1] for key in ("rejected", "leaks", "leaks_kept")] == [3, 2, 2]
+    assert {"data/summary.json", "data/rejected_rows_by_reason.json", "data/rows.json"} <= first["artifacts"]
     assert [step for step, *_ in first["metrics"]["loss"]] == list(range(1, fake.STEPS + 1))
     assert [step for step, *_ in first["metrics"]["routing_share_full"]] == list(range(2, fake.STEPS + 1))
     assert first["metrics"]["test/primary"][0][1] == pytest.approx(32 / 39)
     assert {"routing/routing.parquet", "routing/heat_map.png", "train/summary.json"} <= first["artifacts"]
     assert "evaluation/predictions.parquet" in first["artifacts"]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "place"),
+    [
+        ({"kind": "file", "files": {"train": [{"from": "data/my.jsonl"}]}}, "local", {"uri": "data/my.jsonl"}),
+        (
+            {"kind": "file", "files": {"train": [{"from": "data/a.csv"}, {"from": "data/b.csv"}]}},
+            "local",
+            {"uri": "data"},
+        ),
+        ({"kind": "file", "files": {"train": {"from": "old.jsonl"}}}, "local", {"uri": "old.jsonl"}),
+        ({"kind": "url", "files": {"train": [{"from": "https://x.org/a"}]}}, "http", {"url": "https://x.org/a"}),
+        ({"kind": "url", "files": {"train": [{"from": "s3://bucket/a"}]}}, "s3", {"uri": "s3://bucket/a"}),
+        (
+            {"kind": "hub", "id": "a/b", "config": None, "revision": "f" * 40},
+            "hugging_face",
+            {"path": "a/b", "revision": "f" * 40},
+        ),
+        ({"kind": "generated", "seed": 3}, "code", {"tags": {"mlflow.source.name": "molf.generate", "seed": "3"}}),
+        ("unknown", "local", {"uri": "data/prepared/sql"}),
+    ],
+)
+def test_a_data_sets_source_is_one_that_mlflow_reads(source: Any, kind: str, place: dict[str, Any]) -> None:
+    from mlflow.data import get_source
+    from mlflow.entities import Dataset
+
+    told, given = data_source(source, "sql")
+    assert told == kind
+    read = get_source(Dataset(name="sql", digest="d", source_type=told, source=json.dumps(given))).to_dict()
+    assert {key: read[key] for key in place} == place
+
+
+def test_the_datas_tables_are_mlflows_and_stand_once(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # `load_table` asks no client
+    live(tmp_path)
+    store = Store("molf", tmp_path)
+    run = store.find(kind="cell", cell=CELL.name)
+    assert run is not None
+    store.complete(run.info.run_id, tmp_path / CELL.results / "train")  # once more
+    file = "data/rejected_rows_by_reason.json"
+    table = store.client.load_table(store.experiment_id, file, [run.info.run_id])
+    assert table["check"].tolist() == ["is not empty"]
+    run = store.client.get_run(run.info.run_id)
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]).count({"path": file, "type": "table"}) == 1
+
+
+def test_the_untrained_models_run_names_its_data(params: Params, tmp_path: Path) -> None:
+    path = tmp_path / "results/tiny/sql/base/seed-0/evaluation/metrics.json"
+    metrics = read_json(path)
+    metrics["lineage"] |= {
+        "source": {"kind": "file", "files": {"train": [{"from": "x.csv"}]}},
+        "model": {"hash": "hash-of-tiny"},
+        "git_commit": None,
+    }
+    write_json(path, metrics)
+    tracking.track(tmp_path, params)
+    found = content(tmp_path, kind="cell", cell="tiny/sql/base/seed-0")
+    assert found["data"][0][:4] == ("sql", "hash-of-sql", "local", '{"uri": "x.csv"}')
+    assert found["tags"]["molf.data_source"] == "file: x.csv"
+
+
+def test_a_run_is_found_by_its_fingerprint_and_looking_makes_nothing(params: Params, tmp_path: Path) -> None:
+    key = record(tmp_path)["fingerprint"]
+    assert tracking.find_run(key, "molf", tmp_path) is None
+    assert tracking.find_run(key, "molf", tmp_path / "elsewhere") is None
+    assert not (tmp_path / "elsewhere").exists()
+    live(tmp_path)
+    run = Store("molf", tmp_path).find(kind="cell", cell=CELL.name)
+    assert run is not None and tracking.find_run(key, "molf", tmp_path) == run.info.run_id
+    (tmp_path / "mlflow.db").write_text("not a database" * 1000)
+    with pytest.raises(RunError, match="MLflow"):
+        tracking.find_run(key, "molf", tmp_path)
 
 
 def test_tracking_twice_adds_nothing(params: Params, tmp_path: Path) -> None:
@@ -198,7 +297,8 @@ def test_comparison_links_its_cells(params: Params, tmp_path: Path) -> None:
     assert len(found) == 1
     store = Store("molf", tmp_path)
     files = {file.path for file in store.client.list_artifacts(found[0].info.run_id)}
-    assert files == {"comparison.json", "comparison.csv", "report.html", "figures"}
+    assert files == {"comparison.json", "comparison.csv", "report.html", "figures", "data"}
+    assert [found[0].data.metrics[f"data/sql/{key}"] for key in ("rejected", "leaks", "leaks_kept")] == [3, 2, 2]
     linked = found[0].data.tags[f"molf.run.{CELL.name}"]
     assert store.client.get_run(linked).data.tags["molf.cell"] == CELL.name
     assert found[0].data.metrics["tiny/sql/molf"] == pytest.approx(32 / 39)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from molf.errors import RunError
 from molf.paths import BASE_METHOD, Cell, read_json
+from molf.report import quality
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -37,6 +38,8 @@ SUMMARY_METRICS = ("train_seconds", "peak_memory_bytes", "trained_parameters", "
 LOCK_SECONDS = 60.0  # creating a fresh SQLite store takes some 10 s; longer than this means that its owner hangs
 MAX_METRICS, MAX_PARAMS = 1000, 100  # in one batch, by MLflow's API
 MAX_PARAM_LENGTH = 6000  # characters of one value, by MLflow's API
+MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 5000, 36  # characters, likewise
+TABLES = "mlflow.loggedArtifacts"  # tag by which MLflow's page knows which files are tables
 
 
 class Store:
@@ -112,6 +115,7 @@ class Store:
                     "molf.fingerprint": run["fingerprint"],
                     "molf.config_hash": _hash(run.get("config", {})),
                     "molf.git_commit": str(run.get("git_commit") or "none"),
+                    "molf.lineage": f"molf lineage {cell.name}",
                     "molf.hardware": str(run.get("hardware", {}).get("name", "unknown")),
                     "molf.generated_data": json.dumps(bool(run.get("generated_data"))),
                     "mlflow.source.name": "molf",
@@ -165,6 +169,9 @@ class Store:
             self._log_routing(run_id, train, Cell(**run["cell"]))
         for warning in summary.get("warnings", [])[:1]:
             self.client.set_tag(run_id, "molf.warning", warning)
+        self._log_data(run_id, "data", run["data"])
+        if "lineage" in summary:
+            self.client.set_tag(run_id, "molf.weights_hash", summary["lineage"]["weights"]["hash"])
         self.client.set_terminated(run_id, "FINISHED", started + round(1000 * summary["train_seconds"]))
 
     def sync_cell(self, results: Path) -> tuple[bool, bool]:
@@ -180,7 +187,7 @@ class Store:
         if (results / "train/summary.json").exists():
             run = read_json(results / "train/run.json")
         elif metrics and metrics["cell"]["method"] == BASE_METHOD:
-            run = {"cell": metrics["cell"], "fingerprint": metrics["fingerprint"]}
+            run = {"cell": metrics["cell"], "fingerprint": metrics["fingerprint"], **_asked(metrics)}
         else:
             return False, False
         known = self.find(kind="cell", fingerprint=run["fingerprint"])
@@ -197,6 +204,8 @@ class Store:
             self._log_values(run_id, {f"test/{key}": value for key, value in values.items()})
             self._log_files(run_id, "evaluation", *sorted((results / "evaluation").glob("*.*")))
             self.client.set_tag(run_id, "molf.primary", metrics["primary_name"])
+            for key, value in _hashes(metrics.get("lineage", {})).items():
+                self.client.set_tag(run_id, key, value)
             self.client.set_tag(run_id, "molf.evaluation", metrics["fingerprint"])
             if "started" not in run:
                 self.client.set_terminated(run_id, "FINISHED")
@@ -229,6 +238,8 @@ class Store:
                     child = self.find(kind="cell", fingerprint=seed["train_fingerprint"])
                     if child is not None:
                         self.client.set_tag(run_id, f"molf.run.{cell.name}", child.info.run_id)
+        for task, data in comparison["data"].items():
+            self._log_data(run_id, f"data/{task}", data)
         self._log_params(run_id, {"margin": comparison["margin"], "confidence": comparison["confidence"]})
         self._log_files(
             run_id, None, *(reports / name for name in ("comparison.json", "comparison.csv", "report.html"))
@@ -248,7 +259,7 @@ class Store:
         return str(found.info.run_id)
 
     def _describe(self, found: "Run", run: Mapping[str, Any]) -> None:
-        """Logs params and data set of a cell where they lack: a run may have been left half described by a kill."""
+        """Logs params, hashes and data set of a cell where they lack: a kill may have left a run half described."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         run_id, data = found.info.run_id, run.get("data")
@@ -256,16 +267,44 @@ class Store:
         if data:
             params["data_hash"] = data["hash"]
         self._log_params(run_id, {key: value for key, value in params.items() if key not in found.data.params})
+        tags = {"model_hash": params["model_hash"], "data_hash": params.get("data_hash"), "code_hash": run.get("code")}
+        if data:
+            tags |= {"data_source": quality.origin(data.get("source")), "data_license": data.get("license")}
+        for key, value in tags.items():
+            if value and f"molf.{key}" not in found.data.tags:
+                self.client.set_tag(run_id, f"molf.{key}", str(value)[:MAX_TAG_LENGTH])
         if data and not (found.inputs and found.inputs.dataset_inputs):
             task = run["cell"]["task"]
+            kind, source = data_source(data.get("source"), task)
             dataset = Dataset(
                 name=task,
-                digest=str(data["hash"])[:36],
-                source_type="local",
-                source=json.dumps({"uri": f"data/prepared/{task}"}),
-                profile=json.dumps({"generated": data.get("generated"), "source": data.get("source")}),
+                digest=str(data["hash"])[:MAX_DIGEST_LENGTH],
+                source_type=kind,
+                source=json.dumps(source),
+                profile=json.dumps({"prepared": f"data/prepared/{task}", **data}),
             )
-            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+            context = "evaluation" if run["cell"]["method"] == BASE_METHOD else "training"
+            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def _log_data(self, run_id: str, folder: str, data: Mapping[str, Any]) -> None:
+        """Logs what is known of a data set: whole as JSON, its tables, and the counts that must not go unseen."""
+        shown = [{"path": f"{folder}/{_slug(table.title)}.json", "type": "table"} for table in quality.tables(data)]
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "summary.json"
+            path.write_text(json.dumps(data, indent=2), encoding="utf-8")
+            self._log_files(run_id, folder, path)
+            for table in quality.tables(data):
+                path = Path(name) / f"{_slug(table.title)}.json"
+                # As `MlflowClient.log_table` writes it, which would add the rows once more each time.
+                path.write_text(json.dumps({"columns": table.header, "data": table.rows}), encoding="utf-8")
+                self._log_files(run_id, folder, path)
+        known = json.loads(self.client.get_run(run_id).data.tags.get(TABLES, "[]"))
+        if any(table not in known for table in shown):
+            tables = [*known, *(table for table in shown if table not in known)]
+            self.client.set_tag(run_id, TABLES, json.dumps(tables))
+        leaks, kept = quality.leaked(data)
+        counts = {"rejected": quality.rejected(data), "leaks": leaks, "leaks_kept": kept}
+        self._log_values(run_id, {f"{folder}/{key}": count for key, count in counts.items()})
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -300,6 +339,53 @@ class Store:
             path = Path(folder) / "heat_map.png"
             save(routing_heat_map({cell.method: routing}, f"{cell.name}: where the updates went"), path)
             self._log_files(run_id, "routing", path)
+
+
+def data_source(source: Any, task: str) -> tuple[str, dict[str, Any]]:
+    """A data set's source as MLflow knows sources: its type and what `mlflow.data.get_source` reads.
+
+    Args:
+        source: As source.json has it.
+        task: Whose prepared rows are named where the source is not known.
+    """
+    match source:
+        case {"kind": "generated"}:
+            return "code", {"tags": {"mlflow.source.name": "molf.generate", "seed": str(source.get("seed"))}}
+        case {"kind": "hub"}:
+            keys = {"path": source.get("id"), "config_name": source.get("config"), "revision": source.get("revision")}
+            return "hugging_face", keys
+        case {"kind": "url" | "file", "files": {"train": _}}:
+            places = [str(file["from"]) for file in quality.files_of(source)["train"]]
+            scheme = places[0].partition("://")[0] if "://" in places[0] else "local"
+            if scheme in ("http", "https"):
+                return "http", {"url": places[0]}
+            return scheme, {"uri": places[0] if len(places) == 1 or scheme != "local" else os.path.commonpath(places)}
+    return "local", {"uri": f"data/prepared/{task}"}
+
+
+def _asked(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the untrained model's run shows of its data and model, as far as the evaluation noted it."""
+    seen = metrics.get("lineage", {})
+    if "source" not in seen:
+        return {}
+    return {
+        "data": {"hash": metrics["data_hash"], "source": seen["source"]},
+        "model": seen["model"],
+        "git_commit": seen["git_commit"],
+    }
+
+
+def _hashes(seen: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of what an evaluation noted."""
+    found = {
+        "molf.predictions_sha256": seen.get("predictions", {}).get("sha256"),
+        "molf.evaluated_weights_hash": seen.get("weights", {}).get("hash"),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"\W+", "_", title.lower())
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
