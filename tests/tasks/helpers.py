@@ -12,6 +12,7 @@ import pandera.pandas as pa
 import pytest
 
 from molf.config import Evaluation, NewTokens
+from molf.encoding import Messages
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 EVALUATION = Evaluation(batch_size=8, max_new_tokens=NewTokens(sql=64, med=4, fact=8, completion=16, choice=4))
@@ -32,6 +33,10 @@ class StandIn:
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         self.calls.append(f"generate {max_new_tokens}")
         return [self.says(prompt) for prompt in prompts]
+
+    def chat(self, conversations: Sequence[Messages], max_new_tokens: int) -> list[str]:
+        self.calls.append(f"chat {max_new_tokens}")
+        return [self.says(talk[-1]["content"]) for talk in conversations]
 
     def completion_logprobs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
         self.calls.append("completion_logprobs")

@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 
-from molf.config import MedOptions, NoOptions, SqlOptions
+from molf.config import ChoiceOptions, CompletionOptions, MedOptions, NoOptions, SqlOptions
 from molf.tasks import TASKS
 
 OPTIONS: dict[str, Any] = {
     "sql": SqlOptions(must_run=True),
     "med": MedOptions(first_option=1),
     "fact": NoOptions(),
+    "completion": CompletionOptions(prompt="question", completion="answer"),
+    "choice": ChoiceOptions(question="question", options=["a", "b"], answer="answer", answer_is="letter"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from molf.tasks import fact, med, sql
+from molf.tasks import choice, completion, fact, med, sql
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,4 +66,4 @@ class Task(Protocol):
         """The scores: primary, primary_name, n, left_out ({reason: count}), and every metric by name."""
 
 
-TASKS: dict[str, Task] = {"sql": sql, "med": med, "fact": fact}
+TASKS: dict[str, Task] = {"sql": sql, "med": med, "fact": fact, "completion": completion, "choice": choice}

@@ -18,6 +18,9 @@ CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 LOST = "\ufffd"  # stands where a character was lost when somebody decoded the text
 LONGEST = 1_000_000  # characters of one text
 IS_TEXT = "is text"
+IS_UNICODE = "is UTF-8"
+NOT_EMPTY = "is not empty"
+AT_MOST = f"is at most {LONGEST:,} characters"
 
 
 class NotUnicode:
@@ -142,14 +145,13 @@ def text_checks() -> list["pa.Check"]:
             return np.ones(len(values), dtype=bool)
         return np.fromiter((not isinstance(value, NotUnicode) for value in values), dtype=bool, count=len(values))
 
-    longest = f"is at most {LONGEST:,} characters"
     return [
         vector(is_text, IS_TEXT),
-        vector(is_unicode, "is UTF-8"),
-        of_text(lambda texts: pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), "is not empty"),
+        vector(is_unicode, IS_UNICODE),
+        of_text(lambda texts: pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), NOT_EMPTY),
         of_text(lambda texts: pc.invert(pc.match_substring_regex(texts, CONTROL)), "has no control characters"),
         of_text(lambda texts: pc.invert(pc.match_substring(texts, LOST)), "has no lost characters (U+FFFD)"),
-        of_text(lambda texts: pc.less_equal(pc.utf8_length(texts), LONGEST), longest),
+        of_text(lambda texts: pc.less_equal(pc.utf8_length(texts), LONGEST), AT_MOST),
     ]
 
 
@@ -244,6 +246,9 @@ def prepared(**own: "pa.Column") -> "pa.DataFrameSchema":
     """The schema of prepared rows: what every task has, and its own columns."""
     import pandera.pandas as pa
 
-    return pa.DataFrameSchema(
-        {"example_id": text(), "prompt": text(), "completion": text(), **own}, unique=["example_id"], strict=False
-    )
+    # Made of several columns, each of which was short enough, these may be longer.
+    made = {
+        name: pa.Column(nullable=True, checks=[given(), *(one for one in text_checks() if one.name != AT_MOST)])
+        for name in ("prompt", "completion")
+    }
+    return pa.DataFrameSchema({"example_id": text(), **made, **own}, unique=["example_id"], strict=False)
