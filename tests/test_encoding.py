@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from molf import tiny
@@ -48,6 +49,9 @@ def make() -> Callable[[str | None], PreTrainedTokenizerFast]:
 
     def made(template: str | None) -> PreTrainedTokenizerFast:
         tokenizer = tiny.train_tokenizer([text], 320)
+        # As many have it: a text that is encoded as it comes gets a BOS, whatever it begins with.
+        start = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id or 0)])
+        tokenizer.backend_tokenizer.post_processor = start
         # The last is an ordinary token of the vocabulary: decoding does not leave it out.
         tokenizer.add_special_tokens({"additional_special_tokens": MARKS[:-1]})
         tokenizer.add_tokens(MARKS[-1])
@@ -105,6 +109,7 @@ def test_learnt_is_what_the_assistant_says_and_the_end_of_its_turn(
     ids, labels = chat.encode(TALK)
     assert (ids, labels) == expected(tokenizer, marked)
     assert chat.end == tokenizer.convert_tokens_to_ids(end) == ids[-1]
+    assert tokenizer.encode("x")[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == marked.count("<bos>") <= 1
     # What the model is asked is what it was trained on up to there, of one answer and of several.
     for turns in (1, 3):
@@ -226,8 +231,10 @@ def test_a_template_that_writes_earlier_turns_in_another_way_is_refused(
     ids, labels = chat.encode(TALK[:2])
     assert str(tokenizer.decode([i for i in labels if i != IGNORED])).startswith("<think></think>Four.")
     for asked in (chat.encode, chat.encode_prompt):
-        with pytest.raises(UserError, match="writes a turn in another way once a later one follows.*only appends"):
+        with pytest.raises(UserError, match="in another way once the next turn follows.*only appends"):
             asked(TALK[: 4 if asked == chat.encode else 3])
+    thinks = CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>' }}")
+    assert "in another way once the next turn follows" in refusal(make(thinks), TALK[:2])
     ends = CHATML.replace("'<|im_end|>'", "('<|im_end|>' if message['content'] != 'Seven.' else '')")
     assert "does not end all answers alike" in refusal(make(ends), TALK)
 

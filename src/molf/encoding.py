@@ -86,6 +86,8 @@ class Chat:
         marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         mark = max((mark for mark in marks if tail.lstrip().startswith(mark)), key=len, default="")
         self.end: int | None = tokenizer.convert_tokens_to_ids(mark) if mark else None  # type: ignore[assignment]
+        # Some tokenizers put a space before a text, which a piece within a text must not get.
+        self._spaces = self._within("\n", "Answer") != self._tokens("Answer")
         # How an answer ends; of this, what follows the turn's last token belongs to no turn.
         self._tail = tail
         self._after = tail.lstrip()[len(mark) :] if mark else tail
@@ -130,22 +132,24 @@ class Chat:
         return pieces
 
     def _encoded(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-        """Token ids and labels. Pieces are encoded apart: no token crosses the border where the model begins to write.
-
-        But some tokenizers put a space before a text, which a piece within a text must not get.
-        """
+        """Token ids and labels. Pieces are encoded apart: no token crosses the border where an answer begins."""
         ids: list[int] = []
         labels: list[int] = []
         before = ""
         for text, learnt in pieces:
-            alone = self.tokenizer.encode(before, add_special_tokens=False)
-            both = self.tokenizer.encode(before + text, add_special_tokens=False)
-            within = both[: len(alone)] == alone
-            tokens = both[len(alone) :] if within else self.tokenizer.encode(text, add_special_tokens=False)
+            tokens = self._within(before, text) if self._spaces else self._tokens(text)
             ids += tokens
             labels += tokens if learnt else [IGNORED] * len(tokens)
             before = text
         return ids, labels
+
+    def _within(self, before: str, text: str) -> list[int]:
+        """Tokens of a text that follows another, as far as no token crosses their border."""
+        alone, both = self._tokens(before), self._tokens(before + text)
+        return both[len(alone) :] if both[: len(alone)] == alone else self._tokens(text)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _render(self, messages: Messages, ask: bool = False) -> str:
         from jinja2 import TemplateError
@@ -174,8 +178,8 @@ def _added(shorter: str, longer: str, messages: Messages) -> str:
     """
     if not longer.startswith(shorter):
         raise UserError(
-            "the model's chat template writes a turn in another way once a later one follows, so that training on each "
-            f"answer would not be what the model later reads, see {_shown(messages)}; give the tokenizer a template "
+            "the model's chat template writes what was said in another way once the next turn follows, so the model would "
+            f"not be trained on what it is asked later, see {_shown(messages)}; give its tokenizer a template "
             "(chat_template.jinja) that only appends, or use another model"
         )
     return longer[len(shorter) :]
