@@ -128,6 +128,14 @@ def test_signatures_do_not_depend_on_what_stands_around_a_row(monkeypatch: pytes
     assert signatures([]).shape == (0, 128)
 
 
+def test_every_character_counts_as_its_category_says() -> None:
+    table = copies._folding()
+    for point in range(sys.maxunicode + 1):
+        category, own = unicodedata.category(chr(point)), point + 32 if "A" <= chr(point) <= "Z" else point
+        expected = 32 if category[0] in "ZP" or category == "Cc" else 0 if category == "Cf" else own
+        assert table[point] == expected, hex(point)
+
+
 def test_signatures_never_change() -> None:
     """Kept files hold results that follow from them: another machine, process or release must agree."""
     code = (

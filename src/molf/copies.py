@@ -86,7 +86,8 @@ def _chunks(rows: Sequence[str]) -> Iterator[tuple[int, int]]:
 def _folding() -> np.ndarray:
     """What each code point counts as, uint32 (0x110000,): SPACE for what parts words, DROPPED for what is invisible."""
     table = np.arange(sys.maxunicode + 1, dtype=np.uint32)
-    for point in range(sys.maxunicode + 1):
+    # All that parts words or is invisible lies in planes 0, 1 and 14.
+    for point in [*range(0x20000), *range(0xE0000, 0xF0000)]:
         kind = unicodedata.category(chr(point))
         if kind[0] in "ZP" or kind == "Cc":
             table[point] = SPACE
