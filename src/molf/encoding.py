@@ -178,8 +178,8 @@ def _added(shorter: str, longer: str, messages: Messages) -> str:
     """
     if not longer.startswith(shorter):
         raise UserError(
-            "the model's chat template writes what was said in another way once the next turn follows, so the model would "
-            f"not be trained on what it is asked later, see {_shown(messages)}; give its tokenizer a template "
+            "the model's chat template writes what was said in another way once the next turn follows, so the model "
+            f"would not be trained on what it is asked later, see {_shown(messages)}; give its tokenizer a template "
             "(chat_template.jinja) that only appends, or use another model"
         )
     return longer[len(shorter) :]
