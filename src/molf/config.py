@@ -211,7 +211,8 @@ class MedOptions(Block):
 class CompletionOptions(Block):
     """Columns of a prompt and its answer, or of a conversation.
 
-    `prompt` and `completion` each name a column, or are a template such as `Translate: {source}` over columns.
+    `prompt` and `completion` each name a column, or are a template such as `Translate: {source}` over columns. A name
+    may be a path into a column of objects or lists, such as `answers.text.0`.
     """
 
     prompt: str | None = None
@@ -227,7 +228,7 @@ class CompletionOptions(Block):
 
 
 class ChoiceOptions(Block):
-    """Columns of a question, its options and the right one."""
+    """Columns of a question, its options and the right one, or paths into columns, such as `choices.text`."""
 
     question: str  # a column, or a template over columns
     options: str | Annotated[list[str], Field(min_length=2, max_length=26)]  # one column with lists, or a column each

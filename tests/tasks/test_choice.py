@@ -70,6 +70,25 @@ def test_a_template_asks_and_numbers_are_text() -> None:
     assert made.loc[1, "prompt"] == "sums: 3\n\nA. 2.5\nB. 1\nC. o3 of 1\nD. o4 of 1\nAnswer:"
 
 
+def test_options_and_answers_lie_at_paths() -> None:
+    texts = [["a", "b"], ["c", "d", "e"]]
+    frame = pd.DataFrame(
+        {
+            "asked": [{"stem": "One?"}, {"stem": "Two?"}],
+            "choices": [{"text": own, "label": list("ABC")} for own in texts],  # as ARC's
+            "listed": [[{"text": text} for text in own] for own in texts],
+            "by": [dict(zip("ABC", own, strict=False)) for own in texts],
+            "key": [["B"], ["C"]],
+        }
+    )
+    for options in ("choices.text", "listed.*.text", ["by.A", "by.B", "by.C"]):
+        nested = ChoiceOptions(question="asked.stem", options=options, answer="key.0", answer_is="letter")
+        made = examples(frame, nested)
+        assert made["prompt"].tolist() == ["One?\nA. a\nB. b\nAnswer:", "Two?\nA. c\nB. d\nC. e\nAnswer:"]
+        assert made["answer"].tolist() == ["B", "C"]
+    assert choice.columns(nested)[1] == ["asked", "by", "key"]
+
+
 @pytest.mark.parametrize("many", [2, 5, 26])
 def test_options_in_one_list(many: int) -> None:
     lists = [[f" option {i} " for i in range(many)], [3, "4"], ["x", 1.5, "z"]]

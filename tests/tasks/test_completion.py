@@ -61,7 +61,7 @@ def test_any_column_may_stand_in_braces_and_doubled_braces_are_the_text_s(
 ) -> None:
     options = CompletionOptions(prompt=template, completion="answer")
     frame = raw(**{"a b.c[0]:d": ["x"], "é": ["y"], "": ["z"], "{{é}}": ["braces"], "answer": ["1"]})
-    assert completion.columns(options) == [[*columns, "answer"]]
+    assert completion.columns(options)[0] == [*columns, "answer"]
     assert examples(frame, options)["prompt"].tolist() == [text]
 
 
@@ -79,10 +79,11 @@ def test_control_characters_of_a_template_are_named() -> None:
 
 
 def test_numbers_are_written_as_json_writes_them() -> None:
-    numbers = [7, 2.5, 1.0, 1e22, -0.0, 10**25, True]
-    made = examples(raw(question=["q"] * 6, answer=numbers[:6]), PLAIN)
-    assert made["completion"].tolist() == [f" {json.dumps(number)}" for number in numbers[:6]]
-    assert found(raw(question=["q"], answer=[True]), PLAIN) == {("is text or a finite number", 0)}
+    numbers = [7, 2.5, 1.0, 1e22, -0.0, 10**25, True, False]
+    made = examples(raw(question=["q"] * 8, answer=numbers), PLAIN)
+    assert made["completion"].tolist() == [f" {json.dumps(number)}" for number in numbers]
+    truths = pd.DataFrame({"question": ["q", "r"], "answer": [True, False]})
+    assert examples(truths, PLAIN)["completion"].tolist() == [" true", " false"]
     # Columns of one type, as pandas holds them.
     typed = pd.DataFrame({"question": [1, 2], "answer": [0.5, 2.0]})
     assert examples(typed, PLAIN)["completion"].tolist() == [" 0.5", " 2.0"]
@@ -93,7 +94,6 @@ def test_numbers_are_written_as_json_writes_them() -> None:
     [
         (None, "is given"),
         (float("nan"), "is given"),
-        (True, "is text or a finite number"),
         (["a"], "is text or a finite number"),
         ({"a": "b"}, "is text or a finite number"),
         (float("inf"), "is text or a finite number"),
@@ -113,7 +113,29 @@ def test_a_bad_value_is_found_with_its_check(column: str, value: Any, check: str
 
 def test_of_several_columns_of_a_template_one_must_have_text() -> None:
     frame = raw(instruction=["a", "", "  ", None], input=["", "b", "", "c"], output=["x", "", "y", "z"])
-    assert found(frame, ALPACA) == {("is not empty", 1), ("prompt is not empty", 2), ("is given", 3)}
+    assert found(frame, ALPACA) == {("is not empty", 1), ("prompt is not empty", 2)}
+    # CSV cannot tell what is empty from what is missing.
+    frame.loc[0, "input"] = None
+    assert examples(frame.iloc[[0, 3]], ALPACA)["prompt"].tolist() == [
+        "a\n\n\n### Response:\n",
+        "\nc\n\n### Response:\n",
+    ]
+
+
+def test_paths_lead_into_objects_and_lists() -> None:
+    frame = raw(
+        data=[{"q": "Who?", "a": {"text": ["I", "you"]}}, {"q": "What?", "a": {"text": []}}, "no object"],
+        answer=["x", "y", "z"],
+    )
+    options = CompletionOptions(prompt="{data.q} Say:", completion="data.a.text.0")
+    assert completion.columns(options) == [["data.q", "data.a.text.0"], ["data"]]
+    assert found(frame, options) == {("is given", 1), ("is given", 2)}
+    made = examples(frame.iloc[:1], options)
+    assert made[["prompt", "completion"]].values.tolist() == [["Who? Say:", " I"]]
+    # A column of that very name goes before a path.
+    named = pd.DataFrame({"data.q": ["own"], "data": [{"q": "inner"}], "answer": ["x"]})
+    own = CompletionOptions(prompt="data.q", completion="answer")
+    assert examples(named, own)["prompt"].tolist() == ["own"]
 
 
 def test_texts_that_are_long_together_are_prepared() -> None:

@@ -24,7 +24,19 @@ from molf.tasks.columns import (
     text,
     true_or_null,
 )
-from molf.tasks.generic import IS_WORDED, Template, Wrong, as_worded, flaws, no_wrong, schema, worded, words
+from molf.tasks.generic import (
+    IS_WORDED,
+    Template,
+    Wrong,
+    as_worded,
+    flaws,
+    no_wrong,
+    schema,
+    ways,
+    with_paths,
+    worded,
+    words,
+)
 from molf.tasks.letters import LETTERS
 
 if TYPE_CHECKING:
@@ -51,7 +63,7 @@ def columns(options: "ChoiceOptions") -> list[list[str]]:
     """The raw columns that must be there: one of these lists. Of the options' columns only the first two must."""
     own = [options.options] if isinstance(options.options, str) else options.options[:2]
     subject = [] if options.subject is None else [options.subject]
-    return [list(dict.fromkeys([*Template.parse(options.question).columns, *own, options.answer, *subject]))]
+    return ways([*Template.parse(options.question).columns, *own, options.answer, *subject])
 
 
 def raw_schema(options: "ChoiceOptions") -> "pa.DataFrameSchema":
@@ -85,6 +97,8 @@ def normalise(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
 
     An answer stays as it is where the row's options are no good, which other checks say.
     """
+    more = [] if isinstance(options.options, str) else options.options
+    frame = with_paths(frame, [*columns(options)[0], *more])
     texts = list(Template.parse(options.question).columns)
     lists = {}
     if isinstance(options.options, str):

@@ -1,14 +1,16 @@
 """A user's own prompts and answers, or conversations: scored by exact match and by the answer's words."""
 
+import json
 import re
 import string
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from molf.tasks.columns import as_list, given, is_missing, joined, prepared, text
-from molf.tasks.generic import Template, Wrong, flaws, no_wrong, schema, worded
+from molf.tasks.generic import Template, Wrong, flaws, no_wrong, schema, ways, with_paths, worded
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -43,7 +45,7 @@ def _columns(options: "CompletionOptions") -> list[str]:
 
 def columns(options: "CompletionOptions") -> list[list[str]]:
     """The raw columns that must be there: one of these lists."""
-    return [[options.messages] if options.messages is not None else _columns(options)]
+    return ways([options.messages] if options.messages is not None else _columns(options))
 
 
 def raw_schema(options: "CompletionOptions") -> "pa.DataFrameSchema":
@@ -62,9 +64,10 @@ def tolerated(options: "CompletionOptions") -> frozenset[str]:
 
 
 def normalise(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame:
-    """Numbers become text, as JSON writes them; conversations lists of {role, content}, or `Wrong`."""
+    """Numbers, true and false become text, as JSON writes them; conversations lists of {role, content}, or `Wrong`."""
+    frame = with_paths(frame, columns(options)[0])
     if options.messages is None:
-        return frame.assign(**{name: worded(frame[name]) for name in _columns(options)})
+        return frame.assign(**{name: worded(_truths(frame[name])) for name in _columns(options)})
     talks = [value if is_missing(value) else _turns(value) for value in frame[options.messages]]
     # All texts of all conversations at once.
     contents = [(i, turn["content"]) for i, talk in enumerate(talks) if isinstance(talk, list) for turn in talk]
@@ -73,6 +76,14 @@ def normalise(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame
         if flaw is not None and isinstance(talks[i], list):
             talks[i] = Wrong(f"content {flaw}", content)
     return frame.assign(**{options.messages: pd.Series(talks, index=frame.index, dtype=object)})
+
+
+def _truths(values: pd.Series) -> pd.Series:
+    """A column with true and false as text, which are the answers of many sets; all else as it is."""
+    if not any(isinstance(value, bool | np.bool_) for value in values):
+        return values
+    cells = [json.dumps(bool(value)) if isinstance(value, bool | np.bool_) else value for value in values]
+    return pd.Series(cells, index=values.index, dtype=object)
 
 
 def _turns(value: Any) -> list[dict[str, Any]] | Wrong:

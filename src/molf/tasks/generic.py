@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from molf.errors import UserError
-from molf.tasks.columns import CONTROL, IS_TEXT, NOT_EMPTY, as_texts, given, of_rows, text_checks, vector
+from molf.tasks.columns import CONTROL, IS_TEXT, NOT_EMPTY, as_texts, given, missing, of_rows, text_checks, vector
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -73,14 +73,18 @@ class Template:
         """
         if self.whole:
             return [value.strip() for value in frame[self.columns[0]]]
-        texts = [[text] * len(frame) if column is None else frame[column] for text, column in self.pieces]
+        # Of several columns one may be missing, as it may be empty: CSV cannot tell the two apart.
+        texts = [
+            [text] * len(frame) if column is None else frame[column].where(~missing(frame[column]), "")
+            for text, column in self.pieces
+        ]
         return ["".join(parts) for parts in zip(*texts, strict=True)]
 
 
 def schema(templates: dict[str, Template]) -> tuple[dict[str, "pa.Column"], list["pa.Check"]]:
     """Columns and checks of rows that templates ask for.
 
-    Of a template over several columns some may be empty, but not all.
+    Of a template over several columns some may be empty or missing, but not all.
 
     Args:
         templates: By what they make, such as `prompt`.
@@ -92,7 +96,7 @@ def schema(templates: dict[str, Template]) -> tuple[dict[str, "pa.Column"], list
         for made, template in templates.items()
         if len(template.columns) > 1
     ]
-    return {column: words(empty=column not in alone) for column in every}, checks
+    return {column: words(optional=column not in alone, empty=column not in alone) for column in every}, checks
 
 
 def _some_text(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
@@ -102,7 +106,7 @@ def _some_text(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
     found = np.zeros(len(frame), dtype=bool)
     for column in columns:
         filled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(as_texts(frame[column]))), 0)
-        found |= filled.fill_null(True).to_numpy(zero_copy_only=False)
+        found |= filled.fill_null(True).to_numpy(zero_copy_only=False) & ~missing(frame[column])
     return found
 
 
@@ -137,6 +141,42 @@ def as_worded(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return value
     return json.dumps(value)
+
+
+def at(record: Any, path: str) -> Any:
+    """What lies in a value at a path: keys of objects, numbers of items from 0, `*` for all items; None if nothing.
+
+    Args:
+        record: An object, a list, or anything else, in which nothing lies.
+        path: Its parts joined by dots, such as `answers.text.0`.
+    """
+    key, _, rest = path.partition(".")
+    if key == "*" and isinstance(record, list):
+        return [at(item, rest) if rest else item for item in record]
+    if isinstance(record, Mapping):
+        found = record.get(key)
+    else:
+        inside = isinstance(record, list) and key.isdecimal() and int(key) < len(record)
+        found = record[int(key)] if inside else None
+    return at(found, rest) if rest else found
+
+
+def root(name: str) -> str:
+    """The column in which a path begins."""
+    return name.partition(".")[0]
+
+
+def ways(names: Iterable[str]) -> list[list[str]]:
+    """The columns that must be there for names that each are a column, or a path into one: one of these lists."""
+    own = list(dict.fromkeys(names))
+    return [own] if all(name == root(name) for name in own) else [own, list(dict.fromkeys(map(root, own)))]
+
+
+def with_paths(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """The frame with a column for each name that is no column of it, but a path into one."""
+    paths = [name for name in names if name not in frame and root(name) in frame and name != root(name)]
+    made = {name: [at(value, name.partition(".")[2]) for value in frame[root(name)]] for name in dict.fromkeys(paths)}
+    return frame.assign(**{name: pd.Series(cells, index=frame.index, dtype=object) for name, cells in made.items()})
 
 
 @dataclass(frozen=True)
