@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
+CARDS = Path("data/cards")
 MODELS = Path("models")
 WEIGHTS = Path("weights")
 RESULTS = Path("results")
@@ -102,7 +103,11 @@ def atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically; NaN and infinities are refused with a ValueError."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8, atomically."""
     atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -91,7 +91,7 @@ def test_page_escapes_what_comes_from_data(root: Path) -> None:
     text = (root / "reports/report.html").read_text()
     assert "<script" not in text
     shown = "&lt;script&gt;alert(1)&lt;/script&gt;"
-    assert f"<td>{shown}</td><td>3</td><td>row 7</td><td>{shown}</td>" in text
+    assert f"<td>3</td><td>{shown}</td><td>{shown}</td><td>row 7</td><td>{shown}</td>" in text
     assert text.count(shown) > 20
     assert "<script" not in page.markdown_table(read_json(root / "reports/comparison.json"))
 
@@ -109,9 +109,9 @@ def test_page_shows_the_data_of_each_task(root: Path) -> None:
         assert f"{task} generated data From the built-in generator, seed 3; licence: cc-by-4.0" in said
         assert f"hash-of-{task}" in said
     for words in (
-        "train 60 3 4 1 48",
-        "validation cut off train 5",
-        f"train question is not empty 3 row 7 {'w' * 30}",
+        "train 60 48 3 4 1",
+        "validation of train 5",
+        f"train 3 question is not empty row 7 {'w' * 30}",
         "train test 1 1 0",
         "test 4 55.0% A",
         "test prompt 50 80 1,234",

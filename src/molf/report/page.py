@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from molf.paths import BASE_METHOD, Cell
-from molf.report import quality
+from molf.report import markdown, quality
+from molf.report.markdown import literal
 
 TEMPLATE = "page.html"
 SEEN = (  # where a reader goes from the terminal
@@ -124,20 +125,18 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
 
 def markdown_table(comparison: Mapping[str, Any]) -> str:
     """The comparison as Markdown: the verdict, then a table for each model and task."""
-    lines = [f"**{_markdown(comparison['sentence'])}**", ""]
+    lines = [f"**{literal(comparison['sentence'])}**", ""]
     for group in comparison["groups"]:
-        header, *rows = [[_markdown(cell) for cell in row] for row in table(group)]
+        header, *rows = [list(map(literal, row)) for row in table(group)]
         lines += [
-            f"### {_markdown(heading(group))}",
+            f"### {literal(heading(group))}",
             "",
-            _row(header),
-            _row(["---"] * len(header)),
-            *map(_row, rows),
+            *markdown.table(header, rows),
             "",
         ]
         for verdict in group["verdicts"]:
-            lines.append(f"- **{verdict['outcome']}**: {_markdown(verdict['sentence'])}")
-        lines += [f"- **warning**: {_markdown(text)}" for text in warnings(group)]
+            lines.append(f"- **{verdict['outcome']}**: {literal(verdict['sentence'])}")
+        lines += [f"- **warning**: {literal(text)}" for text in warnings(group)]
         lines.append("")
     return "\n".join([*lines, _meaning(comparison), ""])
 
@@ -150,10 +149,10 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
         markdown_table(comparison),
         "## Too small to show",
         "",
-        *(f"- {_markdown(t)}" for t in limits(comparison)),
+        *(f"- {literal(t)}" for t in limits(comparison)),
         "",
     ]
-    lines += ["## Time of each cell", "", _row(["cell", "training", "evaluation", "steps"]), _row(["---"] * 4)]
+    lines += ["## Time of each cell", "", *markdown.table(["cell", "training", "evaluation", "steps"], [])]
     total = 0.0
     for group in comparison["groups"]:
         for m in group["methods"]:
@@ -161,14 +160,14 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
                 name = Cell(group["model"], group["task"], m["method"], seed["seed"]).name
                 times = [seed["train_seconds"], seed["evaluation_seconds"]]
                 total += sum(times)
-                lines.append(_row([name, *map(seconds, times), str(m["steps"])]))
+                lines.append(markdown.row([name, *map(seconds, times), str(m["steps"])]))
     lines += ["", f"All cells together: {seconds(total)}."]
     machines = "; ".join(
         f"{h['name']}, threads: {h['threads']}"
         + (f" in each of {h['processes']} processes" if h.get("processes", 1) > 1 else "")
         for h in comparison["hardware"]
     )
-    lines += ["", f"Made on: {_markdown(machines)}.", ""]
+    lines += ["", f"Made on: {literal(machines)}.", ""]
     for group in comparison["groups"]:
         for name in ("score", "routing"):
             file = f"figures/{group['model']}-{group['task']}-{name}.png"
@@ -230,14 +229,3 @@ def _meaning(comparison: Mapping[str, Any]) -> str:
         f"[low, high]: {percent} paired bootstrap, {comparison['interval']}; vs: difference to that method; "
         "routed: updates to the first expert."
     )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _markdown(text: str) -> str:
-    """Text that Markdown and the HTML in it take literally."""
-    for character, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("*", "\\*"), ("_", "\\_")):
-        text = text.replace(character, safe)
-    return " ".join(text.split())

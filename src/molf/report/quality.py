@@ -6,10 +6,10 @@ from typing import Any
 
 COUNTS = {  # of summary.json's rows, and what stands above the column
     "raw": "raw",
+    "kept": "kept",
     "rejected": "rejected",
     "duplicates": "equal copies left out",
     "near_duplicates": "near copies",
-    "kept": "kept",
 }
 HASH = 12  # hexadecimal digits that a table shows of a sha256
 
@@ -44,7 +44,7 @@ def tables(data: Mapping[str, Any]) -> list[Table]:
         ),
         Table(
             "Answers",
-            ["split", "different answers", "share of the most common", "the most common"],
+            ["split", "different", "most common's share", "the most common"],
             [
                 [split, f"{answers['distinct']:,}", f"{answers['share']:.1%}", answers["most_common"]]
                 for split, answers in _items(data, "answers")
@@ -100,7 +100,7 @@ def leaked(data: Mapping[str, Any]) -> tuple[int, int]:
 
 def _counts(split: str, row: Mapping[str, int]) -> list[str]:
     if not row.get("raw"):  # the source has no such split
-        return [split, "cut off train", "", "", "", f"{row.get('kept', 0):,}"]
+        return [split, "of train", f"{row.get('kept', 0):,}", "", "", ""]
     return [split, *(f"{row[key]:,}" if key in row else "" for key in COUNTS)]
 
 
@@ -113,9 +113,9 @@ def _reasons(title: str, data: Mapping[str, Any], key: str) -> Table:
         if len(files) > 1 and first["file"] < len(files):
             place += f" of {files[first['file']]['from']}"
         rows.append(
-            [reason["split"], reason["column"], reason["check"], f"{reason['rows']:,}", place, str(first["value"])]
+            [reason["split"], f"{reason['rows']:,}", reason["column"], reason["check"], place, str(first["value"])]
         )
-    return Table(title, ["split", "column", "check", "rows", "first at", "its value"], rows)
+    return Table(title, ["split", "rows", "column", "check", "first at", "its value"], rows)
 
 
 def _files(data: Mapping[str, Any]) -> list[list[str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from molf.config import load_params
 from molf.errors import main
-from molf.paths import REPORTS, atomic, remove_leftovers, write_json
+from molf.paths import REPORTS, atomic, remove_leftovers, write_json, write_text
 
 
 def run() -> None:
@@ -25,13 +25,6 @@ def run() -> None:
     tracking.log_comparison(REPORTS, params.tracking.experiment)
     remove_leftovers()
     print(page.terminal_table(result))
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    atomic(path, write)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ import time
 
 from molf.config import fingerprint, load_params, untrained_fingerprint
 from molf.errors import main
-from molf.paths import BASE_METHOD, MODELS, PREPARED, Cell, read_json, remove_leftovers, write_json, write_parquet
+from molf.paths import (
+    BASE_METHOD,
+    MODELS,
+    PREPARED,
+    Cell,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_parquet,
+    write_text,
+)
 
 
 def run() -> None:
@@ -17,7 +27,7 @@ def run() -> None:
 
     import pandas as pd
 
-    from molf import closure, lineage, machine, memory, models, tracking
+    from molf import cards, closure, lineage, machine, memory, models, tracking
     from molf.evaluation import LanguageModel
     from molf.methods import METHODS
     from molf.tasks import TASKS
@@ -73,6 +83,9 @@ def run() -> None:
         cell, directory / "predictions.parquet", weights_hash, origin, data, asked, machine.git_commit()
     )
     write_json(directory / "metrics.json", report)
+    if cell.method != BASE_METHOD:
+        made = cards.Made.read(cell, params)
+        write_text(directory / "README.md", cards.model_card(made, made.here()))
     tracking.log_evaluation(cell.results, params.tracking.experiment)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items() if count)
     print(
