@@ -55,8 +55,8 @@ def test_a_cut_takes_whole_units_up_to_the_count() -> None:
 
 def test_a_leak_names_the_row_and_its_copy() -> None:
     table = rows(["a", LONG, "x", "y", NEAR, "x"])
-    left, right, _ = table.pairs()
-    found = splits.leak(table, copies.clusters(6, left, right), np.array([0, 1, 2]), np.array([3, 4, 5]))
+    paired = np.array([False, True, False, False, True, False])
+    found = splits.leak(table, paired, np.array([0, 1, 2]), np.array([3, 4, 5]))
     assert found.rows.tolist() == [1, 2] and found.of.tolist() == [4, 5]
     assert found.exact.tolist() == [False, True]
     assert found.similarity[1] == 1 and 0.8 <= found.similarity[0] < 1
@@ -67,11 +67,11 @@ def test_rows_linked_by_a_chain_alone_are_no_copies() -> None:
     chain = [" ".join(words[i : i + 40]) for i in range(0, 16, 2)]  # each like the next, the first unlike the last
     table = rows(chain)
     left, right, _ = table.pairs()
-    near = copies.clusters(len(chain), left, right)
-    assert len(set(near.tolist())) == 1
-    found = splits.leak(table, near, np.array([0]), np.array([len(chain) - 1]))
+    assert (copies.clusters(len(chain), left, right) == 0).all()
+    every = np.ones(len(chain), dtype=bool)
+    found = splits.leak(table, every, np.array([0]), np.array([len(chain) - 1]))
     assert not len(found.rows)
-    assert len(splits.leak(table, near, np.array([0]), np.array([1])).rows) == 1
+    assert len(splits.leak(table, every, np.array([0]), np.array([1])).rows) == 1
 
 
 # --- through `prepare` ---------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def near_pairs(signatures: np.ndarray, similarity: float) -> tuple[np.ndarray, n
     Returns:
         (left, right, estimate), int64, int64 and float32 (pairs,): left < right, sorted, each pair once.
     """
-    keys = _hashed(signatures, slice(None))
+    keys = _hashed(signatures, np.arange(len(signatures)), slice(None))
     twins, rows = _equal_rows(signatures, keys)
     known, estimates = [twins], [np.ones(len(twins), np.float32)]
     labels, count = np.arange(len(signatures)), len(signatures)
@@ -248,7 +248,9 @@ def partners(
         (of, estimate), int64 and float32 (inside,): the other row, of equally similar ones the first, and the estimated
         similarity; -1 and 0 where there is none.
     """
-    keys, rows = _hashed(signatures, slice(None)), np.concatenate([inside, others])
+    rows = np.concatenate([inside, others])
+    keys = np.zeros(len(signatures), np.uint64)
+    keys[rows] = _hashed(signatures, rows, slice(None))
     of, best = np.full(len(signatures), -1), np.zeros(len(signatures), np.float32)
     other_side = np.zeros(len(signatures), bool)
     other_side[others] = True
@@ -275,11 +277,11 @@ def partners(
     return of[inside], best[inside]
 
 
-def _hashed(signatures: np.ndarray, slots: slice) -> np.ndarray:
-    """A hash of some slots of each row, uint64 (rows,)."""
-    found = np.empty(len(signatures), np.uint64)
-    for start in range(0, len(signatures), PAIRS):
-        part = signatures[start : start + PAIRS, slots]
+def _hashed(signatures: np.ndarray, rows: np.ndarray, slots: slice) -> np.ndarray:
+    """A hash of the same slots of some rows, uint64 (rows,)."""
+    found = np.empty(len(rows), np.uint64)
+    for start in range(0, len(rows), PAIRS):
+        part = signatures[rows[start : start + PAIRS], slots]
         found[start : start + PAIRS] = part.astype(np.uint64) @ WEIGHTS[: part.shape[1]]
     return found
 
@@ -305,7 +307,7 @@ def _bucketed(signatures: np.ndarray, keys: np.ndarray, rows: np.ndarray, band: 
     The rows of a bucket are sorted by the slots that follow, so that those which are more alike stand nearer; the order
     in which rows were given has no part in it.
     """
-    bucket = _hashed(signatures, band)[rows]
+    bucket = _hashed(signatures, rows, band)
     order = np.argsort(bucket)
     bucket, rows = bucket[order], rows[order]
     shared = np.zeros(len(rows), bool)

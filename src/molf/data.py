@@ -57,9 +57,9 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     bad: list[pd.DataFrame] = []
     doubles: list[pd.DataFrame] = []
     for split in source["files"]:
-        pool, failures, total = _read(TASKS[block.kind], block, options, source, raw, split)
+        pools[split], failures, total = _read(TASKS[block.kind], block, options, source, raw, split)
         bad.append(failures)
-        pools[split], doubled = once(split, pool)
+        doubled = once(split, pools[split])
         doubles.append(doubled)
         places = failures.loc[failures["rejected"], ["file", "source_row"]].drop_duplicates()
         counts[split] = {"raw": total, "rejected": len(places), "duplicates": len(doubled), "near_duplicates": 0}
@@ -116,7 +116,11 @@ def _read(
     several = len(source["files"][split]) > 1
     schema, tolerated = task.raw_schema(options), task.tolerated(options)
     tables: list[pa.Table] = []
-    arrays: dict[str, list[np.ndarray]] = {"keys": [], "prompts": [], "groups": [], "signatures": []}
+    arrays: dict[str, list[np.ndarray]] = {"keys": [], "prompts": [], "groups": []}
+    signatures, signed = None, 0
+    if block.duplicates.similarity is not None:
+        # In one piece from the start: to join pieces would take their memory twice. What is not filled takes none.
+        signatures = np.empty((file.metadata.num_rows, copies.SLOTS), np.uint32)
     failures = []
     with tqdm(total=file.metadata.num_rows, desc=split, unit=" rows", disable=None, leave=False) as bar:
         for batch in file.iter_batches(batch_size=CHUNK):
@@ -150,8 +154,9 @@ def _read(
             arrays["keys"].append(copies.exact_keys(examples["prompt"] + "\0" + examples["completion"]))
             if block.split.group is not None:
                 arrays["groups"].append(copies.exact_keys(columns[block.split.group][good.index].map(_group)))
-            if block.duplicates.similarity is not None:
-                arrays["signatures"].append(copies.signatures(task.identity(good, options)))
+            if signatures is not None:
+                signatures[signed : signed + len(good)] = copies.signatures(task.identity(good, options))
+                signed += len(good)
     table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({"example_id": []})
     joined = {name: np.concatenate(parts) if parts else None for name, parts in arrays.items()}
     empty = copies.exact_keys([])
@@ -160,7 +165,7 @@ def _read(
         empty if joined["keys"] is None else joined["keys"],
         empty if joined["prompts"] is None else joined["prompts"],
         joined["groups"],
-        joined["signatures"],
+        None if signatures is None else signatures[:signed],
     )
     return pool, pd.concat(failures, ignore_index=True), file.metadata.num_rows
 
@@ -370,11 +375,13 @@ def _own_databases(table: "pa.Table", directory: Path, name: str) -> "pa.Table":
 
 def _answers(table: "pa.Table") -> dict[str, Any]:
     """How the answers are shared out: the most common one, its share, and how many there are."""
-    counts = table["completion"].value_counts().to_pandas()
-    frequent = pd.DataFrame({"answer": [c["values"] for c in counts], "rows": [c["counts"] for c in counts]})
-    first = frequent.sort_values(["rows", "answer"], ascending=[False, True]).iloc[0]
-    share = float(first["rows"] / len(table))
-    return {"most_common": str(first["answer"]).strip()[:SHOWN], "share": share, "distinct": len(frequent)}
+    import pyarrow.compute as pc
+
+    answers, rows = table["completion"].value_counts().flatten()
+    most = pc.max(rows)
+    first = pc.min(answers.filter(pc.equal(rows, most))).as_py()
+    share = most.as_py() / len(table)
+    return {"most_common": first.strip()[:SHOWN], "share": share, "distinct": len(answers)}
 
 
 def _lengths(table: "pa.Table") -> dict[str, dict[str, int]]:

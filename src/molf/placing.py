@@ -1,6 +1,6 @@
 """The good rows of a task, each once, and the split in which each lies in the end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
+BLOCK = 20_000  # rows that are moved together
 COPIES = ["split", "example_id", "of_split", "of_example_id", "similarity"]
 
 
@@ -36,8 +37,8 @@ class Pool:
     signatures: np.ndarray | None
 
 
-def once(split: str, pool: Pool) -> tuple[Pool, pd.DataFrame]:
-    """The pool with equal rows once, and the rows that went (COPIES)."""
+def once(split: str, pool: Pool) -> pd.DataFrame:
+    """Leaves the first of equal rows in a pool; returns those that went (COPIES)."""
     origin = first_equal(pool.keys)
     kept = origin == np.arange(len(origin))
     names = pool.examples["example_id"].to_numpy()
@@ -51,10 +52,20 @@ def once(split: str, pool: Pool) -> tuple[Pool, pd.DataFrame]:
         },
         columns=COPIES,
     )
-    if kept.all():
-        return pool, gone
-    others = (pool.keys, pool.prompts, pool.groups, pool.signatures)
-    return Pool(pool.examples.filter(kept), *(None if a is None else a[kept] for a in others)), gone  # type: ignore[arg-type]
+    if len(gone):
+        pool.examples = pool.examples.filter(kept)
+        pool.keys, pool.prompts = pool.keys[kept], pool.prompts[kept]
+        pool.groups = None if pool.groups is None else pool.groups[kept]
+        pool.signatures = None if pool.signatures is None else _moved_up(pool.signatures, np.flatnonzero(kept))
+    return gone
+
+
+def _moved_up(table: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Some rows of a table, ascending, in its own memory: at a million signatures a copy takes half a gigabyte."""
+    for start in range(0, len(kept), BLOCK):
+        block = kept[start : start + BLOCK]
+        table[start : start + len(block)] = table[block]
+    return table[: len(kept)]
 
 
 def first_equal(keys: np.ndarray) -> np.ndarray:
@@ -81,10 +92,12 @@ class Placing:
             source, prompts, self._groups(sum(sizes)), self._signatures(), block.duplicates.similarity
         )
         self.left, self.right, self.estimate = self.rows.pairs()
-        self.near = copies.clusters(sum(sizes), self.left, self.right)
+        self.paired = np.zeros(sum(sizes), dtype=bool)
+        self.paired[self.left] = self.paired[self.right] = True
         self.leaks: list[dict[str, Any]] = []
         self._refused: list[tuple[str, str, splits.Leak]] = []
         self.chosen = self._facts() if block.kind == "fact" else self._splits()
+        self.rows = replace(self.rows, signatures=None)  # the largest part of all, and of no use any more
 
     def _groups(self, count: int) -> np.ndarray:
         if self.block.split.group is None:
@@ -135,7 +148,7 @@ class Placing:
             others, pool = self._cut(pool, "validation")
         facts = self._limited(pool, "train")
         seen = np.isin(self.rows.prompt[others], self.rows.prompt[facts])
-        self._note("validation", "train", splits.leak(self.rows, self.near, others[seen], facts), dropped=True)
+        self._note("validation", "train", splits.leak(self.rows, self.paired, others[seen], facts), dropped=True)
         return {"train": facts, "validation": self._limited(others[~seen], "validation"), "test": facts}
 
     def _splits(self) -> dict[str, np.ndarray]:
@@ -163,7 +176,7 @@ class Placing:
         across = self.block.duplicates.across
         gone = []
         for of, theirs in others.items():
-            found = splits.leak(self.rows, self.near, rows, theirs)
+            found = splits.leak(self.rows, self.paired, rows, theirs)
             dropped = across == "drop" or (across == "fail" and bool(cut & {split, of}))
             self._note(split, of, found, dropped)
             if dropped:

@@ -102,12 +102,12 @@ def cut(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return chosen[inverse]
 
 
-def leak(rows: Rows, near: np.ndarray, inside: np.ndarray, others: np.ndarray) -> Leak:
+def leak(rows: Rows, paired: np.ndarray, inside: np.ndarray, others: np.ndarray) -> Leak:
     """Rows of `inside` of which `others` hold a copy.
 
     Args:
         rows: All.
-        near: Label of each row's chain of near copies (`copies.clusters`).
+        paired: Which of them have a near copy at all: (rows,) of bool.
         inside: Row numbers.
         others: Row numbers of the split that they must not be in.
     """
@@ -118,21 +118,8 @@ def leak(rows: Rows, near: np.ndarray, inside: np.ndarray, others: np.ndarray) -
     of[exact] = others[first[np.searchsorted(prompts, rows.prompt[inside[exact]])]]
     similarity[exact] = 1.0
     if rows.signatures is not None and rows.similarity is not None:
-        both = np.intersect1d(near[inside[~exact]], near[others])
-        theirs = _by_label(near, others[np.isin(near[others], both)])
-        for at in np.flatnonzero(~exact & np.isin(near[inside], both)):
-            candidates = theirs[int(near[inside[at]])]
-            # A chain links rows that are no copies of each other, so the row itself is held against each.
-            alike = (rows.signatures[candidates] == rows.signatures[inside[at]]).mean(axis=1)
-            best = int(alike.argmax())
-            if alike[best] >= rows.similarity:
-                of[at], similarity[at] = candidates[best], alike[best]
+        # A chain links rows that are no copies of each other, so the rows themselves are held against each other.
+        asked, theirs = ~exact & paired[inside], others[paired[others]]
+        of[asked], similarity[asked] = copies.partners(rows.signatures, inside[asked], theirs, rows.similarity)
     found = of >= 0
     return Leak(inside[found], of[found], similarity[found], exact[found])
-
-
-def _by_label(labels: np.ndarray, numbers: np.ndarray) -> dict[int, np.ndarray]:
-    """{label: those of the row numbers that have it}."""
-    order = numbers[np.argsort(labels[numbers], kind="stable")]
-    borders = np.flatnonzero(np.diff(labels[order])) + 1
-    return {int(labels[part[0]]): part for part in np.split(order, borders) if len(part)}
