@@ -16,7 +16,7 @@ from molf.errors import UserError
 from molf.paths import atomic, read_json, write_json, write_parquet
 from molf.placing import SPLITS, Placing, Pool, once
 from molf.tasks import TASKS, Task
-from molf.tasks.columns import NotUnicode
+from molf.tasks.columns import NotUnicode, is_missing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +52,7 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     options: Any = block.options
     if block.kind == "sql" and options.databases is not None:
         options = options.model_copy(update={"databases": str(raw / "databases")})
+    _require_group(name, block, source)
     pools: dict[str, Pool] = {}
     counts: dict[str, dict[str, int]] = {}
     bad: list[pd.DataFrame] = []
@@ -99,6 +100,12 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     summary["warnings"] = _warnings(summary)
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _require_group(name: str, block: TaskBlock, source: dict[str, Any]) -> None:
+    group, there = block.split.group, source["columns"]["train"]
+    if group is not None and there and group not in there:  # without columns no row can be read, which is said later
+        raise UserError(f"tasks.{name}.split.group: the train rows have no column {group}; there is {', '.join(there)}")
 
 
 # --- reading and checking ------------------------------------------------------------------------------------------
@@ -153,7 +160,8 @@ def _read(
             arrays["prompts"].append(copies.exact_keys(examples["prompt"]))
             arrays["keys"].append(copies.exact_keys(examples["prompt"] + "\0" + examples["completion"]))
             if block.split.group is not None:
-                arrays["groups"].append(copies.exact_keys(columns[block.split.group][good.index].map(_group)))
+                groups = [_group(record.get(block.split.group)) for record in records]
+                arrays["groups"].append(copies.exact_keys(pd.Series(groups, index=rows.index)[good.index]))
             if signatures is not None:
                 signatures[signed : signed + len(good)] = copies.signatures(task.identity(good, options))
                 signed += len(good)
@@ -191,7 +199,7 @@ def _marked(value: Any) -> Any:
 
 def _group(value: object) -> str:
     """A group's name as text; what is missing has none."""
-    return "" if value is None else json.dumps(value, sort_keys=True)
+    return "" if is_missing(value) else json.dumps(value, sort_keys=True, default=str)
 
 
 def _unread(split: str, rows: pd.DataFrame) -> pd.DataFrame:

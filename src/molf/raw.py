@@ -43,7 +43,7 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
         directory: Emptied first; afterwards SPLIT.parquet (file, source_row, record, problem) and source.json.
 
     Returns:
-        The content of source.json: kind, generated, name, license, files {split: [{from, rows, bytes, sha256}]} (bytes
+        The content of source.json: kind, generated, name, files {split: [{from, rows, bytes, sha256}]} (bytes
         and sha256 None where there is no file), columns {split: names}, for a hub set also id, config and revision, for
         generated rows the seed.
 
@@ -66,7 +66,7 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     if block.kind == "sql" and block.options.databases is not None:
         extract_databases(Path(block.options.databases), directory / "databases", f"tasks.{name}.options.databases")
     info: dict[str, Any] = {"kind": source.kind, "generated": isinstance(source, GeneratedSource), "name": name}
-    info |= {"license": block.license, "files": files, "columns": columns}
+    info |= {"files": files, "columns": columns}
     if isinstance(source, HubSource):
         info |= {"id": source.id, "config": source.config, "revision": _revision(name, source)}
     if isinstance(source, GeneratedSource):
@@ -188,10 +188,6 @@ def _require_columns(name: str, block: TaskBlock, origin: str, there: list[str])
         raise UserError(
             f"tasks.{name}: {origin} lacks the column{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}; "
             f"there is {', '.join(map(str, there))}"
-        )
-    if block.split.group is not None and block.split.group not in there:
-        raise UserError(
-            f"tasks.{name}.split.group: {origin} has no column {block.split.group}; there is {', '.join(there)}"
         )
 
 
