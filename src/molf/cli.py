@@ -48,6 +48,11 @@ def run(arguments: Sequence[str]) -> int:
         "cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S; METHOD base: the model as it came"
     )
     lineage.add_argument("--json", action="store_true", help="all links as JSON")
+    export = commands.add_parser("export", help="write a cell's model into a folder that transformers or PEFT loads")
+    export.add_argument("cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S")
+    export.add_argument("directory", type=Path, help="new or empty")
+    export.add_argument("--merge", action="store_true", help="write the whole model instead of an adapter")
+    export.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
     commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
     ui = commands.add_parser("ui", help="open MLflow's page")
     ui.add_argument("--port", type=int, default=5000)
@@ -69,6 +74,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(pin)
         case "lineage":
             return main(lambda: show_lineage(options.cell, options.json))
+        case "export":
+            return main(lambda: export_cell(options.cell, options.directory, options.merge, options.force))
         case "track":
             return main(track)
         case "ui":
@@ -212,6 +219,15 @@ def show_lineage(name: str, as_json: bool) -> None:
     if chain.differing():
         names = ", ".join(link.name for link in chain.differing())
         raise RunError(f"{names}: not as it was when {chain.cell.name} was made")
+
+
+def export_cell(name: str, directory: Path, merge: bool, force: bool) -> None:
+    """Writes a cell's model into a folder."""
+    from molf import lineage, models
+    from molf.export import export
+
+    models.quiet()
+    print("\n".join(export(lineage.find(name), directory, load_params(), merge, force)))
 
 
 def track() -> None:

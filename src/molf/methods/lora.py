@@ -46,6 +46,8 @@ def save(model: PreTrainedModel, directory: Path, base: Path) -> None:
     """Writes the adapter."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(base)
+        for name in ("target_modules", "exclude_modules"):  # sets, whose order is another in each process
+            setattr(config, name, sorted(getattr(config, name) or []) or None)
     model.save_pretrained(directory)
 
 
