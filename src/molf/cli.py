@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
 from molf.errors import RunError, UserError, main
 from molf.paths import REPORTS, own_tools, read_json
+
+KINDS = ("completion", "choice", "sql", "med", "fact")
 
 
 def entry() -> None:
@@ -34,6 +37,16 @@ def run(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="bring everything up to date (dvc repro) and print the comparison")
     commands.add_parser("check", help="look for mistakes in params.yaml")
+    look = commands.add_parser("inspect", help="look at a data file: its task, what is wrong, the block to paste")
+    look.add_argument("file", help="JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; a path, a URL or a folder")
+    look.add_argument(
+        "--split-of", action="append", default=[], metavar="SPLIT=FILE", help="the file of validation or test"
+    )
+    look.add_argument("--kind", choices=KINDS, help="the task's kind, if the guess is wrong")
+    look.add_argument("--model", help="whose tokens are counted (default: the grid's first)")
+    look.add_argument("--rows", type=int, default=3, metavar="N", help="first rows to print (default 3)")
+    look.add_argument("--first", type=int, metavar="N", help="look at the first N rows of each file only")
+    look.add_argument("--yaml", action="store_true", help="print the block alone")
     estimate = commands.add_parser("estimate", help="say what memory, disk and time the grid needs")
     estimate.add_argument("--probe", type=int, default=2, metavar="N", help="optimizer steps to time (default 2)")
     estimate.add_argument("--no-probe", action="store_true", help="memory and disk only, in seconds")
@@ -64,6 +77,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(repro)
         case "check":
             return main(check)
+        case "inspect":
+            return main(lambda: inspect_file(options))
         case "estimate":
             return main(lambda: estimate_grid(None if options.no_probe else options.probe, options.json))
         case "show":
@@ -136,6 +151,28 @@ def lacking(params: Params) -> None:
         ]
     if problems:
         raise UserError(problems)
+
+
+def inspect_file(options: argparse.Namespace) -> None:
+    """Prints what a data file holds and the block that it may have in params.yaml."""
+    from molf import inspection
+
+    others = dict(pair.partition("=")[::2] for pair in options.split_of)
+    wrong = [split for split, file in others.items() if split not in ("validation", "test") or not file]
+    if wrong:
+        raise UserError(f"--split-of {wrong[0]}: write validation=FILE or test=FILE")
+    for name in ("rows", "first"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"--{name} {given}: at least 1")
+    found = inspection.inspect(options.file, others, options.model, options.kind, options.rows, options.first)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the file's letters
+    if not options.yaml:
+        print("\n".join(found.lines))
+    elif found.block is not None:
+        print(found.yaml)
+    else:
+        raise UserError(f"{options.file}: no task is guessed; without --yaml the reasons are printed")
 
 
 def estimate_grid(steps: int | None, as_json: bool) -> None:

@@ -57,7 +57,7 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     files: dict[str, list[dict[str, Any]]] = {}
     columns: dict[str, list[str]] = {}
     for split, origins in _origins(name, block).items():
-        files[split], columns[split] = _write(f"tasks.{name}", origins, directory / f"{split}.parquet")
+        files[split], columns[split] = write_split(f"tasks.{name}", origins, directory / f"{split}.parquet")
         if columns[split]:  # else no row can be read, and `prepare` says why
             _require_columns(name, block, ", ".join(origin.name for origin in origins), columns[split])
     if "train" not in files:
@@ -108,8 +108,20 @@ def _origins(name: str, block: TaskBlock) -> dict[str, list[Origin]]:
             }
 
 
-def _write(key: str, origins: list[Origin], path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Writes the rows of one split; returns what source.json says of its files, and the names of all columns."""
+def write_split(key: str, origins: list[Origin], path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Writes the rows of one split.
+
+    Args:
+        key: Of the block, for messages.
+        origins: Where they come from, in order.
+        path: SPLIT.parquet (file, source_row, record, problem).
+
+    Returns:
+        What source.json says of its files, and the names of all columns.
+
+    Raises:
+        UserError: An origin cannot be read, is empty, or is not what sources.lock pins.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from tqdm import tqdm

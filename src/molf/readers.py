@@ -272,6 +272,8 @@ def _csv(location: str, stream: IO[bytes], delimiter: str) -> Iterator[Row]:
         header = next(reader, [])
     except csv.Error as error:
         raise UserError(f"{location}: the header cannot be read: {error}") from None
+    if header[:1] == [""] and len(header) > 1 and "index" not in header:
+        header[0] = "index"  # pandas leaves its name out
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated or "" in header:
         what = f"names {', '.join(repeated)} twice" if any(repeated) else "has a column without a name"
