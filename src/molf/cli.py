@@ -71,6 +71,15 @@ def run(arguments: Sequence[str]) -> int:
     ui.add_argument("--port", type=int, default=5000)
     publish = commands.add_parser("publish", help="copy the last comparison and its params into a folder to commit")
     publish.add_argument("directory", type=Path)
+    data = commands.add_parser("data", help="look at versions of the data sets").add_subparsers(
+        dest="action", required=True
+    )
+    diff = data.add_parser("diff", help="show which rows and reasons of rejection changed since a git revision")
+    diff.add_argument("revision", help="such as HEAD~1, a branch, a tag")
+    diff.add_argument("task", nargs="?", help="one task of params.yaml (default: all)")
+    diff.add_argument("--to", metavar="REVISION", help="compare with this one instead of the working tree")
+    diff.add_argument("--key", metavar="COLUMN", help="tells rows apart (default: a column that is an id, if any)")
+    diff.add_argument("--json", action="store_true", help="all numbers, and whole example rows")
     options = parser.parse_args(arguments)
     match options.command:
         case "run":
@@ -95,6 +104,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(track)
         case "ui":
             return main(lambda: open_ui(options.port))
+        case "data":
+            return main(lambda: diff_data(options.revision, options.to, options.task, options.key, options.json))
         case _:
             return main(lambda: publish_results(options.directory))
 
@@ -284,6 +295,21 @@ def open_ui(port: int) -> None:
     tracking.initialise(Path.cwd(), params.tracking.experiment)
     print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
     os.execvpe("mlflow", ["mlflow", *tracking.server_arguments(Path.cwd()), "--port", str(port)], own_tools())
+
+
+def diff_data(revision: str, to: str | None, task: str | None, key: str | None, as_json: bool) -> None:
+    """Prints what changed in the data sets since a git revision.
+
+    Raises:
+        RunError: The rows of a data set could not be read; the others are printed.
+    """
+    from molf import changes
+
+    result = changes.changes(Path.cwd(), revision, to, load_params().tasks, task, key)
+    print(json.dumps(result, indent=2, default=str) if as_json else changes.table(result))
+    unread = [name for name, entry in result["tasks"].items() if "unavailable" in changes.states(entry).values()]
+    if unread:
+        raise RunError(f"rows of {', '.join(unread)} could not be read; the lines above say what to type")
 
 
 def publish_results(directory: Path) -> None:
