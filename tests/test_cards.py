@@ -41,6 +41,7 @@ def project(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def summary(**changes: Any) -> dict[str, Any]:
     told = describe_data("sql")
+    del told["license"]
     return {**told, "data_hash": told.pop("hash"), **changes}
 
 
@@ -61,7 +62,7 @@ def shape(card: str) -> list[str]:
 
 
 def test_a_data_cards_fields_parse_back() -> None:
-    card = data_card(summary())
+    card = data_card(summary(), "cc-by-4.0")
     fields: Any = DatasetCard(card).data
     assert fields.license == "cc-by-4.0"
     assert fields.pretty_name == "sql"
@@ -84,7 +85,7 @@ def test_a_data_cards_fields_parse_back() -> None:
 
 def test_a_hub_sets_card_names_it_and_says_when_the_licence_is_not_known() -> None:
     source: dict[str, Any] = {"kind": "hub", "id": "a/b", "config": None, "revision": "f" * 40, "files": {}}
-    card = data_card(summary(generated=False, license="unknown", source=source))
+    card = data_card(summary(generated=False, source=source), "unknown")
     fields: Any = DatasetCard(card).data
     assert fields.source_datasets == ["a/b"]
     assert "GENERATED" not in card
@@ -97,7 +98,6 @@ def test_text_of_the_data_stays_text_in_its_card(hostile: str) -> None:
         reason = {"split": "train", "column": text, "check": text, "rows": 1}
         return data_card(
             summary(
-                license=text,
                 source={
                     "kind": "file",
                     "files": {"train": [{"from": text, "rows": 3, "bytes": 4, "sha256": "0" * 64}]},
@@ -105,7 +105,8 @@ def test_text_of_the_data_stays_text_in_its_card(hostile: str) -> None:
                 reasons=[{**reason, "first": {"file": 0, "source_row": 1, "value": text}}],
                 answers={"test": {"most_common": text, "share": 0.5, "distinct": 2}},
                 warnings=[text],
-            )
+            ),
+            text,
         )
 
     card = spoilt(hostile)
@@ -142,7 +143,7 @@ def test_licences_in_the_hubs_spelling() -> None:
 
 def test_the_stages_write_the_cards(project: Path) -> None:
     text = Path("data/cards/fact/README.md").read_text()
-    assert text == data_card(read_json(Path("data/prepared/fact/summary.json")))
+    assert text == data_card(read_json(Path("data/prepared/fact/summary.json")), "apache-2.0")
     for method in ("fft", "lora", "molf", "molf-e"):
         cell = replace(CELL, method=method)
         made = Made.read(cell, load_params())
@@ -200,13 +201,13 @@ def test_text_of_names_and_warnings_stays_text_in_a_models_card(project: Path, h
     def spoilt(text: str) -> str:
         run = {**made.run, "hardware": {**made.run["hardware"], "name": text}, "versions": {"torch": text}}
         run["model"] = {**run["model"], "id": text, "revision": "main"}
-        run["data"] = {**run["data"], "license": text, "source": {"kind": "hub", "id": text, "revision": text}}
+        run["data"] = {**run["data"], "source": {"kind": "hub", "id": text, "revision": text}}
         metrics = {**made.metrics, "left_out": {text: 2}}
         metrics["metrics"] = {**metrics["metrics"], text: 0.5}
         told = {**made.summary, "warnings": [text]}
         options = {"prompt": text}
-        spoiled = replace(made, run=run, metrics=metrics, summary=told, license=text, options=options)
-        return model_card(spoiled, Place(text, text, True, text, text))
+        spoiled = replace(made, run=run, metrics=metrics, summary=told, options=options)
+        return model_card(replace(spoiled, license=text, data_license=text), Place(text, text, True, text, text))
 
     card = spoilt(hostile)
     fields: Any = ModelCard(card).data

@@ -58,8 +58,10 @@ def test_training_and_evaluation_note_what_they_know(project: Path) -> None:
     seen = read_json(EVALUATION / "metrics.json")["lineage"]
     assert seen["predictions"]["sha256"] == file_hash(EVALUATION / "predictions.parquet")
     assert seen["weights"]["hash"] == noted["weights"]["hash"]
-    # What describes the data stands in the run, whole.
-    assert record["data"]["rows"] == read_json(Path("data/prepared/fact/summary.json"))["rows"]
+    # What describes the data stands in the run, whole; its licence does not stand in the data.
+    summary = read_json(Path("data/prepared/fact/summary.json"))
+    assert "license" not in summary
+    assert record["data"] == {"hash": summary.pop("data_hash"), "license": "apache-2.0", **summary}
 
 
 def test_an_untouched_chain_holds(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

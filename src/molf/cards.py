@@ -66,11 +66,12 @@ def license_fields(given: str, origin: str | None = None) -> dict[str, str]:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def data_card(summary: Mapping[str, Any]) -> str:
+def data_card(summary: Mapping[str, Any], license: str) -> str:
     """The card of a prepared data set.
 
     Args:
         summary: What its summary.json holds.
+        license: Of the data.
     """
     from huggingface_hub import DatasetCardData
 
@@ -79,7 +80,7 @@ def data_card(summary: Mapping[str, Any]) -> str:
     total = sum(kept.values())
     hub = clean(source["id"]) if source.get("kind") == "hub" else None
     fields = DatasetCardData(
-        **license_fields(summary["license"], hub),  # type: ignore[arg-type]
+        **license_fields(license, hub),  # type: ignore[arg-type]
         pretty_name=task,
         size_categories=next((name for name, below in SIZES.items() if total < below), "other"),
         task_categories=TASK_CATEGORIES.get(summary["kind"], ["text-generation"]),
@@ -102,7 +103,7 @@ def data_card(summary: Mapping[str, Any]) -> str:
         f"they are trained and scored on. They lie in `{folder}`, their hash is `{summary['data_hash']}`.",
         "",
         f"- Source: {literal(quality.origin(source))}",
-        f"- Licence: {literal(summary['license'])}",
+        f"- Licence: {literal(license)}",
         f"- Rejected rows: {quality.rejected(summary):,}; each with its place, check and value in `rejected.parquet`",
         f"- Rows with a copy in another split: {_leaks(summary)}; pairs of copies stand in `copies.parquet`",
         *(f"- Warning: {literal(text)}" for text in summary.get("warnings", [])),
@@ -124,7 +125,7 @@ def data_card(summary: Mapping[str, Any]) -> str:
         "",
         "- Rows were checked by rules: one that passes them may still be wrong, unfair or private.",
         "- Near copies are found by shared pieces of text, so one in other words is not seen.",
-        *(["- The licence is not known: find out before the rows leave the house."] if _unknown(summary) else []),
+        *(["- The licence is not known: find out before the rows leave the house."] if _unknown(license) else []),
     ]
     return _card(fields, lines)
 
@@ -134,8 +135,8 @@ def _leaks(summary: Mapping[str, Any]) -> str:
     return f"{found:,}, of which {kept:,} were kept there" if found else "none"
 
 
-def _unknown(block: Mapping[str, Any]) -> bool:
-    return clean(block.get("license", UNKNOWN)).lower() == UNKNOWN
+def _unknown(license: str) -> bool:
+    return clean(license).lower() in ("", UNKNOWN)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -169,6 +170,7 @@ class Made:
     Attributes:
         run, summary, metrics: The contents of its run.json, train/summary.json and evaluation/metrics.json.
         license: Of the base model's weights.
+        data_license: Of the data.
         options: The task block's.
     """
 
@@ -177,6 +179,7 @@ class Made:
     summary: Mapping[str, Any]
     metrics: Mapping[str, Any]
     license: str
+    data_license: str
     options: Mapping[str, Any]
 
     @classmethod
@@ -197,8 +200,9 @@ class Made:
         if lacking:
             raise UserError([f"{cell.name}: {text}" for text in lacking])
         run, summary, metrics = map(read_json, files)
-        options = params.tasks[cell.task].options.model_dump(mode="json")
-        return cls(cell, run, summary, metrics, params.models[cell.model].license, options)
+        model, task = params.models[cell.model], params.tasks[cell.task]
+        options = task.options.model_dump(mode="json")
+        return cls(cell, run, summary, metrics, model.license, task.license, options)
 
     @property
     def adapter(self) -> bool:
@@ -254,7 +258,7 @@ def model_card(made: Made, place: Place) -> str:
         + ("an adapter beside its base model." if place.adapter else "a whole model."),
         "",
         f"- Base model: {literal(_base(model))}; licence: {literal(made.license)}",
-        f"- Data: {literal(quality.origin(data.get('source')))}; licence: {literal(data.get('license', UNKNOWN))}",
+        f"- Data: {literal(quality.origin(data.get('source')))}; licence: {literal(made.data_license)}",
         "",
         *_scores(metrics),
         *_method(made),
@@ -457,8 +461,8 @@ def _limits(made: Made) -> list[str]:
     if metrics["task_kind"] == "sql":
         lines.append("- What it writes is not safe to run: run it without rights and with limits.")
     lines += [f"- Warning of the training: {literal(text)}" for text in made.summary.get("warnings", [])]
-    for what, given in (("base model", made.license), ("data", data.get("license", UNKNOWN))):
-        if clean(given).lower() == UNKNOWN:
+    for what, given in (("base model", made.license), ("data", made.data_license)):
+        if _unknown(given):
             lines.append(f"- The licence of the {what} is not known: find out before the model leaves the house.")
     return ["## Limits", "", *lines]
 

@@ -88,7 +88,6 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
         "task": name,
         "kind": block.kind,
         "generated": source["generated"],
-        "license": block.license,
         "source": source,
         "rows": counts,
         "reasons": _reasons(failures[failures["rejected"]]),

@@ -59,9 +59,13 @@ class Chain:
 # --- what the stages note --------------------------------------------------------------------------------------------
 
 
-def data_record(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a prepared data set's summary.json says of it, as kept in every `run.json`, its hash as `hash`."""
-    return {"hash": summary["data_hash"], **{key: value for key, value in summary.items() if key != "data_hash"}}
+def data_record(summary: Mapping[str, Any], license: str) -> dict[str, Any]:
+    """What is known of a prepared data set, as kept in every `run.json`: its summary.json, its hash as `hash`.
+
+    The licence comes from params.yaml: in the data's own folder, a word of it would train every cell anew.
+    """
+    rest = {key: value for key, value in summary.items() if key != "data_hash"}
+    return {"hash": summary["data_hash"], "license": license, **rest}
 
 
 def of_training(

@@ -35,6 +35,15 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
     page.write_text(page.read_text() + "\n# changed\n")
     assert project.repro("compare") == ["compare"]
 
+    # A licence and the words of cards and of lineage train nothing anew.
+    for name in ("cards", "lineage"):
+        view = project.root / f"src/molf/{name}.py"
+        view.write_text(view.read_text() + "\n# changed\n")
+    assert project.repro("compare") == []
+    project.edit({"tasks.fact.license": "mit"})
+    assert project.repro("compare") == ["prepare@fact"]
+    assert "license: mit" in (project.root / "data/cards/fact/README.md").read_text()
+
     # A seed that leaves the grid changes the comparison, and trains nothing.
     project.edit({"grid.methods": ["fft"]})
     assert project.repro("compare") == ["compare"]

@@ -145,7 +145,7 @@ def test_page_of_results_that_an_earlier_version_made(root: Path) -> None:
         write_json(path, value)
     compare.run()
     text = (root / "reports/report.html").read_text()
-    assert "the built-in generator; licence: unknown" in section(text, "The data")
+    assert "the built-in generator; licence: cc-by-4.0" in section(text, "The data")
     assert "weights - data hash-of-sql" in section(text, "How it was made")
 
 

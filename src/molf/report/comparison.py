@@ -50,7 +50,10 @@ def build(params: Params, root: Path) -> dict[str, Any]:
         "hardware": list(hardware.values()),
         "costs_comparable": len(hardware) == 1,
         "groups": groups,
-        "data": {cell.task: found["run"]["data"] for cell, found in loaded.items()},
+        "data": {
+            cell.task: {**found["run"]["data"], "license": params.tasks[cell.task].license}
+            for cell, found in loaded.items()
+        },
         "cells": [_provenance(cell, found) for cell, found in loaded.items()],
     }
     return {"sentence": sentence(comparison), **comparison}

@@ -15,7 +15,7 @@ def run() -> None:
     from molf.data import describe, prepare
 
     summary = prepare(name, params.tasks[name], RAW / name, PREPARED / name)
-    write_text(CARDS / name / "README.md", data_card(summary))
+    write_text(CARDS / name / "README.md", data_card(summary, params.tasks[name].license))
     print(describe(summary))
 
 

@@ -54,7 +54,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, versions),
         "config": config,
-        "data": lineage.data_record(data),
+        "data": lineage.data_record(data, params.tasks[cell.task].license),
         "model": model,
         "code": code,
         "git_commit": machine.git_commit(),
