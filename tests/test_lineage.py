@@ -121,6 +121,7 @@ def set_score(metrics: Any) -> Any:
         (lambda: tamper_rows(Path("data/prepared/fact/train.parquet"), "prompt", "w1"), {"data", "train rows"}),
         (lambda: tamper_rows(Path("data/prepared/fact/validation.parquet"), "prompt", "w1"), {"data"}),
         (lambda: edit(Path("data/raw/fact/source.json"), lambda s: {**s, "name": "other"}), {"source"}),
+        (lambda: Path("rows.jsonl").write_text("{}"), {"train source"}),
         (lambda: edit(Path("params.yaml"), set_rank), {"params"}),
         (lambda: edit(TRAIN / "run.json", lambda r: {**r, "code": "0" * 16}), {"training", "training code"}),
         (lambda: edit(EVALUATION / "metrics.json", set_score), {"report", "score"}),
@@ -149,6 +150,7 @@ def test_what_is_not_here_is_said_with_the_command_that_brings_it(project: Path)
     assert away["data"] == "dvc pull data/prepared/fact"
     assert away["base model"] == "dvc pull models/tiny"
     assert away["report"] == "dvc pull reports/comparison.json"
+    assert away["train source"] == "1 of 1 files are not here"
     assert "(dvc pull models/tiny)" in render(found)
     (EVALUATION / "predictions.parquet").unlink()
     assert states(chain())["score"] is State.AWAY

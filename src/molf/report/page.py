@@ -15,6 +15,7 @@ SEEN = (  # where a reader goes from the terminal
     "where to look next:",
     "  reports/report.html   table, figures and how it was made, in one page",
     "  make ui               every run side by side in MLflow",
+    "  molf lineage CELL     from a score back to its source; a cell is MODEL/TASK/METHOD/seed-S",
 )
 
 
