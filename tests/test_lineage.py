@@ -78,11 +78,12 @@ def test_an_untouched_chain_holds(project: Path, capsys: pytest.CaptureFixture[s
     assert run(["lineage", CELL]) == 0
     printed = capsys.readouterr().out
     assert re.match(rf"{CELL}: score 0\.\d{{4}} on 20 examples", printed)
-    assert file_hash(EVALUATION / "predictions.parquet") in printed
+    assert f"sha256 {file_hash(EVALUATION / 'predictions.parquet')[:16]}...  {EVALUATION}" in printed
     assert "file: rows.jsonl" in printed
     assert run(["lineage", f"results/{CELL}/", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == plain(found) and told["ok"]
+    assert f"sha256 {file_hash(EVALUATION / 'predictions.parquet')}" in [link["value"] for link in told["links"]]
 
 
 def test_the_untrained_models_row_has_a_chain(project: Path) -> None:

@@ -5,6 +5,7 @@ machine, whatever of it was pulled.
 """
 
 import difflib
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
 SHOWN_CELLS = 20  # of those that are named when one is not known
+LONG_HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")  # a sha256, of which a line shows the first digits
 TOLERANCE = 1e-6  # between a score and the same one recomputed from its rows
 
 
@@ -187,12 +189,13 @@ def trace(cell: Cell, params: Params) -> Chain:
 
 
 def render(chain: Chain) -> str:
-    """A chain as lines: state, link, value, place; what to do where it is not as it was."""
+    """A chain as lines: state, link, value (of a sha256 its first digits), place; what to do where it does not hold."""
     width = {key: max(len(str(getattr(link, key))) for link in chain.links) for key in ("state", "name")}
     lines = [f"{chain.cell.name}: {chain.number}"]
     for link in chain.links:
+        value = LONG_HASH.sub(r"\1...", link.value)
         where = f"  {link.place}" if link.place else ""
-        lines.append(f"  {link.state:{width['state']}}  {link.name:{width['name']}}  {link.value}{where}".rstrip())
+        lines.append(f"  {link.state:{width['state']}}  {link.name:{width['name']}}  {value}{where}".rstrip())
         if link.note:
             lines.append(f"  {'':{width['state']}}  {'':{width['name']}}  ({link.note})")
     counts = {state: sum(link.state is state for link in chain.links) for state in State}
