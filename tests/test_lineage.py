@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from molf.cli import run
-from molf.config import load_params
+from molf.config import fingerprint, load_params
 from molf.lineage import Chain, State, find, plain, render, trace
 from molf.models import file_hash, folder_hash
 from molf.paths import read_json, write_json, write_parquet
@@ -58,6 +58,7 @@ def test_training_and_evaluation_note_what_they_know(project: Path) -> None:
     seen = read_json(EVALUATION / "metrics.json")["lineage"]
     assert seen["predictions"]["sha256"] == file_hash(EVALUATION / "predictions.parquet")
     assert seen["weights"]["hash"] == noted["weights"]["hash"]
+    assert seen["training"] == {name: file_hash(TRAIN / name) for name in ("run.json", "summary.json")}
     # What describes the data stands in the run, whole; its licence does not stand in the data.
     summary = read_json(Path("data/prepared/fact/summary.json"))
     assert "license" not in summary
@@ -112,6 +113,10 @@ def set_score(metrics: Any) -> Any:
     return {**metrics, "primary": metrics["primary"] + 0.1}
 
 
+def set_other_score(metrics: Any) -> Any:
+    return {**metrics, "metrics": {**metrics["metrics"], "accuracy": 0.99}}
+
+
 @pytest.mark.parametrize(
     ("change", "links"),
     [
@@ -124,8 +129,15 @@ def set_score(metrics: Any) -> Any:
         (lambda: edit(Path("data/raw/fact/source.json"), lambda s: {**s, "name": "other"}), {"source"}),
         (lambda: Path("rows.jsonl").write_text("{}"), {"train source"}),
         (lambda: edit(Path("params.yaml"), set_rank), {"params"}),
-        (lambda: edit(TRAIN / "run.json", lambda r: {**r, "code": "0" * 16}), {"training", "training code"}),
+        (lambda: edit(TRAIN / "run.json", lambda r: {**r, "code": "0" * 16}), {"training", "training code", "run"}),
+        (lambda: edit(TRAIN / "summary.json", lambda s: {**s, "train_seconds": 1.0}), {"summary"}),
         (lambda: edit(EVALUATION / "metrics.json", set_score), {"report", "score"}),
+        (lambda: edit(EVALUATION / "metrics.json", lambda m: {**m, "n": 2000}), {"score"}),
+        (lambda: edit(EVALUATION / "metrics.json", lambda m: {**m, "left_out": {"too long": 3}}), {"score"}),
+        (lambda: edit(EVALUATION / "metrics.json", set_other_score), {"score"}),
+        (lambda: tamper_rows(Path("data/raw/fact/train.parquet"), "record", "{}"), {"train raw rows"}),
+        (lambda: (EVALUATION / "predictions.parquet").write_bytes(b"PAR1"), {"predictions", "score"}),
+        (lambda: Path("data/prepared/fact/train.parquet").write_bytes(b"PAR1"), {"data", "train rows"}),
     ],
 )
 def test_what_changed_is_named(
@@ -138,6 +150,30 @@ def test_what_changed_is_named(
     assert captured.err.startswith("failed: ")
     assert all(name in captured.err for name in links)
     assert f"{len(links)} differs" in captured.out
+
+
+@pytest.mark.parametrize("part", ["evaluation", "train"])
+def test_a_part_of_another_cell_is_not_taken_for_its_own(project: Path, part: str) -> None:
+    own = Path("results") / CELL / part
+    shutil.rmtree(own)
+    shutil.copytree(Path("results/tiny/fact/fft/seed-0") / part, own)
+    assert differing(chain()) >= {"evaluation", "weights", "run", "summary"}
+
+
+def test_an_evaluation_of_an_earlier_training_is_told_from_this_ones(project: Path) -> None:
+    edit(EVALUATION / "metrics.json", lambda m: {key: value for key, value in m.items() if key != "lineage"})
+    parts = ("config", "data", "model", "code", "versions")
+    run_now = read_json(TRAIN / "run.json") | {"versions": {"torch": "0"}}
+    config, data, model, code, versions = (run_now[part] for part in parts)
+    again = fingerprint(config, data["hash"], model["hash"], code, versions)
+    edit(TRAIN / "run.json", lambda _: {**run_now, "fingerprint": again})
+    assert differing(chain()) == {"evaluation"}
+
+
+def test_a_damaged_file_is_a_sentence(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (EVALUATION / "metrics.json").write_text("{")
+    assert run(["lineage", CELL]) == 1
+    assert f"`dvc checkout {EVALUATION / 'metrics.json'}` brings it back" in capsys.readouterr().err
 
 
 def test_what_is_not_here_is_said_with_the_command_that_brings_it(project: Path) -> None:

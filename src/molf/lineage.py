@@ -20,8 +20,10 @@ from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cel
 from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
+RECORDS = ("run.json", "summary.json")  # what a training tells of itself: its parts, its time, memory and loss
 SHOWN_CELLS = 20  # of those that are named when one is not known
 LONG_HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")  # a sha256, of which a line shows the first digits
+SHOWN_SCORES = 5  # of those that are not what the rows give
 TOLERANCE = 1e-6  # between a score and the same one recomputed from its rows
 
 
@@ -121,9 +123,12 @@ def of_evaluation(
         asked: sha256 of the test rows' file, taken before they were read.
         git_commit: The checked-out commit.
     """
+    train = cell.results / "train"
+    told = [train / name for name in RECORDS]
     return {
         "predictions": {"path": str(predictions), "sha256": models.file_hash(predictions)},
         "weights": {"hash": weights_hash},
+        "training": {path.name: models.file_hash(path) for path in told if path.is_file()},
         "data": {"path": str(PREPARED / cell.task), "hash": data["data_hash"], "files": {"test.parquet": asked}},
         "source": data["source"],
         "model": {"path": str(MODELS / cell.model), **model},
@@ -142,7 +147,7 @@ def find(name: str) -> Cell:
     """
     known = {
         str(path.relative_to(RESULTS))
-        for path in RESULTS.glob("*/*/*/seed-*")
+        for path in RESULTS.glob("*/*/*/seed-*[0-9]")
         if any((path / file).is_file() for file in ("evaluation/metrics.json", "train/summary.json"))
     }
     given = name.strip().removeprefix(f"{RESULTS}/").rstrip("/")
@@ -170,10 +175,10 @@ def trace(cell: Cell, params: Params) -> Chain:
         )
     noted = (_read(cell.results / "train/summary.json") or {}).get("lineage", {})
     seen = (metrics or {}).get("lineage", {})
-    links = _scored(cell, metrics, seen, params) if metrics else []
+    links = _scored(cell, metrics, run, seen, params) if metrics else []
     links += _weights(cell, noted, seen)
     if run is not None:
-        links += _trained(cell, run, noted, params)
+        links += _trained(cell, run, {**noted.get("records", {}), **seen.get("training", {})}, params)
     model = seen.get("model") or (run or {}).get("model")
     data_hash = metrics["data_hash"] if metrics else run["data"]["hash"]
     source = run["data"]["source"] if run else seen.get("source")
@@ -223,12 +228,18 @@ def _number(metrics: Mapping[str, Any] | None) -> str:
     return f"{shown} ({left_out})" if left_out else shown
 
 
-def _scored(cell: Cell, metrics: Mapping[str, Any], seen: Mapping[str, Any], params: Params) -> list[Link]:
-    """From the report's number to the rows that it was computed from."""
+def _scored(
+    cell: Cell, metrics: Mapping[str, Any], run: Mapping[str, Any] | None, seen: Mapping[str, Any], params: Params
+) -> list[Link]:
+    """From the report's number to the rows that it was computed from, and the training that was asked."""
     path = cell.results / "evaluation/predictions.parquet"
     key = fingerprint(metrics["train_fingerprint"], metrics["data_hash"], metrics["evaluation"], metrics["code"])
-    evaluation = params.evaluation.model_dump(mode="json")
-    changes = _changes(metrics["evaluation"], evaluation)
+    changes = _changes(metrics["evaluation"], params.evaluation.model_dump(mode="json"))
+    wrong = ""
+    if (key, metrics["cell"]) != (metrics["fingerprint"], asdict(cell)):
+        wrong = "its parts give another one: the file was changed"
+    elif run is not None and metrics["train_fingerprint"] != run["fingerprint"]:
+        wrong = f"it is of training {metrics['train_fingerprint']}; `dvc repro` evaluates this one"
     return [
         _reported(cell, metrics),
         _recomputed(metrics, path),
@@ -237,8 +248,8 @@ def _scored(cell: Cell, metrics: Mapping[str, Any], seen: Mapping[str, Any], par
             "evaluation",
             f"fingerprint {metrics['fingerprint']}",
             str(cell.results / "evaluation/metrics.json"),
-            key == metrics["fingerprint"],
-            "its parts give another one: the file was changed",
+            not wrong,
+            wrong,
         ),
         _compared("evaluation params", f"hash {fingerprint(metrics['evaluation'])}", str(PARAMS), not changes, changes),
     ]
@@ -271,21 +282,30 @@ def _reported(cell: Cell, metrics: Mapping[str, Any]) -> Link:
 
 
 def _recomputed(metrics: Mapping[str, Any], path: Path) -> Link:
-    """The score, computed anew from the rows."""
+    """Every score, the number of examples and of those left out, computed anew from the rows."""
+    value = f"{metrics['primary']:.6f} and {len(metrics['metrics'])} more"
     if not path.is_file():
-        return _away("score", f"{metrics['primary']:.6f}", path)
+        return _away("score", value, path)
 
     import pandas as pd
 
-    from molf.report import statistics
     from molf.tasks import TASKS
 
-    task = TASKS[metrics["task_kind"]]
-    names = list(task.COMPONENTS)
-    rows = pd.read_parquet(path, columns=names)
-    again = float(statistics.scores(rows.to_numpy(float)[None, None], names, task.combine)[0, 0])
-    value = f"{metrics['primary']:.6f} from {len(rows)} prediction rows"
-    return _compared("score", value, "", abs(again - metrics["primary"]) <= TOLERANCE, f"the rows give {again:.6f}")
+    try:
+        rows = pd.read_parquet(path)
+        again = TASKS[metrics["task_kind"]].metrics(rows)
+    except (KeyError, TypeError, ValueError, OSError, RunError) as error:  # pyarrow's are of these
+        return Link("score", value, "", State.DIFFERS, f"the rows give none: {models.first_line(error)}")
+    told = {**{key: metrics[key] for key in ("primary", "primary_name", "n", "left_out")}, **metrics["metrics"]}
+    wrong = [f"{key} {again.get(key)}, not {shown}" for key, shown in told.items() if not _alike(again.get(key), shown)]
+    value += f" from {len(rows)} prediction rows"
+    return _compared("score", value, "", not wrong, f"the rows give {', '.join(wrong[:SHOWN_SCORES])}")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return bool(abs(one - other) <= TOLERANCE or one != one and other != other)
+    return bool(one == other)
 
 
 def _weights(cell: Cell, noted: Mapping[str, Any], seen: Mapping[str, Any]) -> list[Link]:
@@ -312,20 +332,19 @@ def _weights(cell: Cell, noted: Mapping[str, Any], seen: Mapping[str, Any]) -> l
     return [_compared("weights", value, str(folder), models.folder_hash(folder) == hashes[0], "these are others")]
 
 
-def _trained(cell: Cell, run: Mapping[str, Any], noted: Mapping[str, Any], params: Params) -> list[Link]:
-    """The training, what it recorded, and the params that shaped it."""
+def _trained(cell: Cell, run: Mapping[str, Any], files: Mapping[str, str], params: Params) -> list[Link]:
+    """The training, what it recorded (file: sha256), and the params that shaped it."""
     parts = run["config"], run["data"]["hash"], run["model"]["hash"], run["code"], run["versions"]
     links = [
         _compared(
             "training",
             f"fingerprint {run['fingerprint']}",
             str(cell.results / "train/run.json"),
-            fingerprint(*parts) == run["fingerprint"],
+            (fingerprint(*parts), run["cell"]) == (run["fingerprint"], asdict(cell)),
             "its parts give another one: the file was changed",
         )
     ]
-    for name, digest in noted.get("records", {}).items():
-        links.append(_file(Path(name).stem, cell.results / "train" / name, digest))
+    links += [_file(Path(name).stem, cell.results / "train" / name, digest) for name, digest in files.items()]
     value = f"hash {fingerprint(run['config'])}"
     if cell.method not in params.methods or cell.task not in params.tasks:
         links.append(Link("params", value, str(PARAMS), State.AWAY, f"no block there for {cell.method} or {cell.task}"))
@@ -364,8 +383,11 @@ def _data(cell: Cell, recorded: str, blocks: Iterable[Mapping[str, Any]]) -> lis
     folder = PREPARED / cell.task
     if any(not (folder / f"{split}.parquet").is_file() for split in SPLITS):
         return [_away("data", f"hash {recorded}", folder)]
-    now = data_hash(folder)
-    links = [_compared("data", f"hash {recorded}", str(folder), now == recorded, f"the rows here have {now}")]
+    try:
+        now = f"have {data_hash(folder)}"
+    except (ValueError, OSError) as error:  # pyarrow's errors are of these
+        now = f"cannot be read: {models.first_line(error)}"
+    links = [_compared("data", f"hash {recorded}", str(folder), now == f"have {recorded}", f"the rows here {now}")]
     for block in blocks:
         for name, digest in block.get("data", {}).get("files", {}).items():
             links.append(_file(f"{Path(name).stem} rows", folder / name, digest))
@@ -384,6 +406,8 @@ def _source(task: str, source: Mapping[str, Any] | None) -> list[Link]:
         if now is None
         else _compared("source", value, str(folder), now == source, f"the rows here came from {quality.origin(now)}")
     ]
+    for split, digest in source.get("written", {}).items():
+        links.append(_file(f"{split} raw rows", folder / f"{split}.parquet", digest))
     for split, files in quality.files_of(source).items() if source.get("kind") == "file" else ():
         hashed = [(Path(file["from"]), file["sha256"]) for file in files if "sha256" in file]
         if hashed:
@@ -463,4 +487,12 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+    """What a JSON file holds; None where there is none.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    try:
+        return read_json(path) if path.is_file() else None
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read ({error}); `dvc checkout {path}` brings it back") from None

@@ -1,5 +1,6 @@
 """Raw rows of a task, as their source has them: the built-in generator, files, URLs or a hub data set."""
 
+import hashlib
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -44,8 +45,8 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
 
     Returns:
         The content of source.json: kind, generated, name, files {split: [{from, rows, bytes, sha256}]} (bytes
-        and sha256 None where there is no file), columns {split: names}, for a hub set also id, config and revision, for
-        generated rows the seed.
+        and sha256 None where there is no file), columns {split: names}, written {split: sha256 of SPLIT.parquet}, for
+        a hub set also id, config and revision, for generated rows the seed.
 
     Raises:
         UserError: A source cannot be read, is empty, is not what sources.lock pins, or lacks a column.
@@ -66,7 +67,8 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     if block.kind == "sql" and block.options.databases is not None:
         extract_databases(Path(block.options.databases), directory / "databases", f"tasks.{name}.options.databases")
     info: dict[str, Any] = {"kind": source.kind, "generated": isinstance(source, GeneratedSource), "name": name}
-    info |= {"files": files, "columns": columns}
+    written = {split: _sha256(directory / f"{split}.parquet") for split in files}
+    info |= {"files": files, "columns": columns, "written": written}
     if isinstance(source, HubSource):
         info |= {"id": source.id, "config": source.config, "revision": _revision(name, source)}
     if isinstance(source, GeneratedSource):
@@ -170,6 +172,11 @@ def write_split(key: str, origins: list[Origin], path: Path) -> tuple[list[dict[
 
     atomic(path, write)
     return files, list(columns)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[Row]:
