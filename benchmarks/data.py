@@ -2,7 +2,8 @@
 
 A generated file of JSON lines (prompts of some 60 words, short completions, a few broken rows and copies), for each
 size through `python -m molf.stages.fetch` and `prepare`, each in a process of its own; beside them the floor, what
-reading the same file and parsing its JSON takes alone.
+reading the same file and parsing its JSON takes alone. CPU time and bytes read are without start-up, which is measured
+right before each; the time as a whole is with it, and with whatever else the machine does.
 """
 
 import argparse
@@ -23,13 +24,22 @@ import numpy as np
 from benchmarks.measure import RESULTS, ROOT, run_child
 
 SIZES = (10_000, 100_000, 1_000_000)
-START = 100  # rows of the run whose time and reads are start-up: imports
+SMALL = 100  # rows of a run that is all start-up: imports
 LIMIT = 3e9  # bytes that a stage may hold at its peak
 STAGES = ("fetch", "prepare")
 TASK = "rows"
 BROKEN, EXACT, NEAR = 0.002, 0.01, 0.01  # shares of the rows
 WORDS = 60  # of a prompt, on average
-HEADER = ("rows", "stage", "time", "rows/s", "CPU time", "peak memory", "bytes read / input", "time / floor")
+HEADER = (
+    "rows",
+    "stage",
+    "CPU time",
+    "rows per CPU second",
+    "to json.loads alone",
+    "peak memory",
+    "read / input",
+    "time",
+)
 
 
 @dataclass(frozen=True)
@@ -226,45 +236,51 @@ def check(folder: Path, planted: Planted) -> dict[str, Any]:
 
 
 def floor(file: Path) -> dict[str, float]:
-    """Seconds that reading a file's lines takes, and parsing each as JSON besides, broken ones passed over."""
-    started = time.perf_counter()
+    """CPU seconds that reading a file's lines takes, and parsing each as JSON besides, broken ones passed over."""
+    started = time.process_time()
     with file.open("rb") as lines:
         for _ in lines:
             pass
-    read = time.perf_counter()
+    read = time.process_time()
     with file.open("rb") as lines:
         for line in lines:
             try:
                 json.loads(line)
             except ValueError:
                 continue
-    return {"lines": read - started, "json": time.perf_counter() - read}
+    return {"lines": read - started, "json": time.process_time() - read}
 
 
-def measure(size: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Both stages and the floor over a file of some size, in turn, `rounds` times."""
+def plant(folder: Path, count: int) -> Planted:
+    """Makes a project with a file of so many rows."""
+    folder.mkdir()
     with (folder / "rows.jsonl").open("wb") as file:
-        planted = write_rows(file, size)
+        planted = write_rows(file, count)
     write_params(folder)
+    return planted
+
+
+def measure(folder: Path, small: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Stages over a file of some size, each right behind its start-up alone, and the floor, in turn, `rounds` times."""
+    planted = plant(folder, count)
+    starts: dict[str, list[Sample]] = {stage: [] for stage in STAGES}
     samples: dict[str, list[Sample]] = {stage: [] for stage in STAGES}
     floors = []
     for _ in range(rounds):
         for stage in STAGES:
+            starts[stage].append(run_stage(stage, small))
             samples[stage].append(run_stage(stage, folder))
         command = [sys.executable, "-m", "benchmarks.data", "--floor", str(folder / "rows.jsonl")]
         floors.append(run_child(command, threads=1))
-    raw = folder / f"data/raw/{TASK}/train.parquet"
+    inputs = {"fetch": folder / "rows.jsonl", "prepare": folder / f"data/raw/{TASK}/train.parquet"}
     return {
         "planted": asdict(planted),
         "found": check(folder, planted),
-        "input_bytes": {"fetch": file_bytes(folder / "rows.jsonl"), "prepare": file_bytes(raw)},
+        "input_bytes": {stage: path.stat().st_size for stage, path in inputs.items()},
         "samples": {stage: [asdict(sample) for sample in taken] for stage, taken in samples.items()},
+        "start_up": {stage: [asdict(sample) for sample in taken] for stage, taken in starts.items()},
         "floors": floors,
     }
-
-
-def file_bytes(path: Path) -> int:
-    return path.stat().st_size
 
 
 def median(run: dict[str, Any], stage: str, what: str) -> float:
@@ -272,31 +288,32 @@ def median(run: dict[str, Any], stage: str, what: str) -> float:
     return statistics.median(sample[what] for sample in run["samples"][stage])
 
 
-def above(run: dict[str, Any], start: dict[str, Any], stage: str, what: str) -> float:
-    """A stage's median without what it takes for next to no rows: its imports."""
-    return median(run, stage, what) - median(start, stage, what)
+def above(run: dict[str, Any], stage: str, what: str) -> float:
+    """What a stage takes besides the start-up that was measured right before it; the median pair's."""
+    pairs = zip(run["samples"][stage], run["start_up"][stage], strict=True)
+    return statistics.median(sample[what] - start[what] for sample, start in pairs)
 
 
-def growth(runs: Sequence[dict[str, Any]], start: dict[str, Any], stage: str, what: str) -> float | None:
-    """The exponent with which a figure grows with the rows (1: in proportion), by least squares of the logarithms."""
-    points = [(run["planted"]["rows"], above(run, start, stage, what)) for run in runs]
+def growth(runs: Sequence[dict[str, Any]], stage: str) -> float | None:
+    """The exponent with which CPU time grows with the rows (1: in proportion), by least squares of the logarithms."""
+    points = [(run["planted"]["rows"], above(run, stage, "cpu_seconds")) for run in runs]
     logarithms = np.log(np.array([point for point in points if point[1] > 0]))
     if len(logarithms) < 2:
         return None
     return float(np.polyfit(logarithms[:, 0], logarithms[:, 1], deg=1)[0])
 
 
-def lines(runs: Sequence[dict[str, Any]], start: dict[str, Any]) -> str:
-    """The table as Markdown: a row a size and stage, start-up taken off times and reads."""
+def lines(runs: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown: a row a size and stage."""
     text = ["| " + " | ".join(HEADER) + " |", "| " + " | ".join("---" for _ in HEADER) + " |"]
     for run in runs:
         parse = statistics.median(sample["json"] for sample in run["floors"])
         for stage in STAGES:
-            rows, seconds = run["planted"]["rows"], above(run, start, stage, "seconds")
-            read = above(run, start, stage, "read_bytes") / run["input_bytes"][stage]
-            cells = [f"{rows:,}", stage, f"{seconds:.1f} s", f"{rows / seconds:,.0f}"]
-            cells += [f"{above(run, start, stage, 'cpu_seconds'):.1f} s"]
-            cells += [f"{median(run, stage, 'peak_bytes') / 1e6:,.0f} MB", f"{read:.3f}", f"{seconds / parse:.1f}"]
+            rows, seconds = run["planted"]["rows"], above(run, stage, "cpu_seconds")
+            read = above(run, stage, "read_bytes") / run["input_bytes"][stage]
+            cells = [f"{rows:,}", stage, f"{seconds:.1f} s", f"{rows / seconds:,.0f}", f"{seconds / parse:.1f}"]
+            cells += [f"{median(run, stage, 'peak_bytes') / 1e6:,.0f} MB", f"{read:.3f}"]
+            cells += [f"{median(run, stage, 'seconds'):.1f} s"]
             text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
@@ -313,26 +330,23 @@ def run(arguments: Sequence[str]) -> None:
     settings = Settings(Device("cpu"), os.cpu_count() or 1, options.rounds, False, None, Path())
     facts = table.environment(settings)
     print(table.heading(facts) + "\n", flush=True)
+    runs = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        runs = []
-        for number, size in enumerate([START, *options.rows]):
-            folder = Path(scratch) / str(number)
-            folder.mkdir()
-            print(f"measuring {size:,} rows ...", file=sys.stderr, flush=True)
-            runs.append(measure(size, options.rounds, folder))
-    start, *runs = runs
-    print(lines(runs, start))
-    grows = {
-        what: {stage: growth(runs, start, stage, what) for stage in STAGES}
-        for what in ("seconds", "cpu_seconds", "peak_bytes")
-    }
+        small = Path(scratch) / "small"
+        plant(small, SMALL)
+        for stage in STAGES:  # fills the system's cache, and prepare needs what fetch wrote
+            run_stage(stage, small)
+        for count in options.rows:
+            print(f"measuring {count:,} rows ...", file=sys.stderr, flush=True)
+            runs.append(measure(Path(scratch) / f"{count}", small, count, options.rounds))
+    print(lines(runs))
+    grows = {stage: growth(runs, stage) for stage in STAGES}
     peak = max(sample["peak_bytes"] for run in runs for taken in run["samples"].values() for sample in taken)
-    for what, by_stage in grows.items():
-        print(f"{what} grow as rows to the power of: {', '.join(f'{s} {e:.2f}' for s, e in by_stage.items() if e)}")
+    print(f"\nCPU time grows as rows to the power of {', '.join(f'{e:.2f} ({s})' for s, e in grows.items() if e)}")
     print(f"peak memory {peak / 1e9:.2f} GB; at most {LIMIT / 1e9:.0f} GB: {'yes' if peak <= LIMIT else 'NO'}")
     path: Path = options.into / f"data-{options.name or table.slug(facts)}.json"
     limit = {"peak_bytes": LIMIT, "met": peak <= LIMIT}
-    write_json(path, {"environment": facts, "limit": limit, "growth": grows, "start": start, "runs": runs})
+    write_json(path, {"environment": facts, "limit": limit, "growth": grows, "runs": runs})
     print(f"\nall samples: {path}")
 
 
