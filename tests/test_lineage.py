@@ -170,6 +170,11 @@ def test_an_evaluation_of_an_earlier_training_is_told_from_this_ones(project: Pa
     assert differing(chain()) == {"evaluation"}
 
 
+def test_nothing_that_a_file_holds_drives_the_terminal(project: Path) -> None:
+    edit(EVALUATION / "metrics.json", lambda m: {**m, "left_out": {"\x1b[2J\x9b\u202e": 3}})
+    assert "3 left out: \\x1b[2J\\x9b\\u202e" in render(chain())
+
+
 def test_a_damaged_file_is_a_sentence(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (EVALUATION / "metrics.json").write_text("{")
     assert run(["lineage", CELL]) == 1

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq
 
-from molf.errors import UserError
+from molf.errors import UserError, plain
 from molf.paths import PREPARED, RAW
 from molf.rowdiff import Rows, compare_tables, unread_rows
 
@@ -336,7 +336,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  rejected: {where}: {reason['before']:,} -> {reason['now']:,} rows ({first})")
         if entry["stale"]:
             lines.append(f"  not up to date with its source and params.yaml: `dvc repro prepare@{name}`, then again")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def _part_lines(task: str, kind: str, state: str, part: dict[str, Any]) -> list[str]:
@@ -391,7 +391,7 @@ def _place(place: dict[str, Any]) -> str:
 
 def _difference(sides: dict[str, Any]) -> str:
     """`before -> now`, each cut around where they part."""
-    texts = [_escaped(sides[side]) if side in sides else "(none)" for side in ("before", "now")]
+    texts = [_json(sides[side]) if side in sides else "(none)" for side in ("before", "now")]
     longest, width = max(map(len, texts)), WIDTH // 2
     part = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, part - width // 2) if longest > width else 0
@@ -399,13 +399,11 @@ def _difference(sides: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return _cut(_escaped(value), WIDTH)
+    return _cut(_json(value), WIDTH)
 
 
-def _escaped(value: Any) -> str:
-    """As JSON, which shows control characters as escapes; so are halves of surrogate pairs, which no terminal takes."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "backslashreplace").decode()
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _cut(text: str, width: int) -> str:

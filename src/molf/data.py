@@ -12,7 +12,7 @@ import pandas as pd
 
 from molf import copies
 from molf.config import TaskBlock
-from molf.errors import UserError
+from molf.errors import UserError, plain
 from molf.paths import atomic, read_json, write_json, write_parquet
 from molf.placing import SPLITS, Placing, Pool, once
 from molf.tasks import TASKS, Task
@@ -457,4 +457,4 @@ def describe(summary: dict[str, Any]) -> str:
             f"{leak['near']:,} near copies"
         )
     lines += [f"  WARNING: {text}" for text in summary["warnings"]]
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))

@@ -24,6 +24,20 @@ class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and did so in good order; its message says how to go on. Exit code 1."""
 
 
+def plain(text: object) -> str:
+    """A text whose characters all show: controls, marks of direction and the like as escapes, line breaks too.
+
+    What comes from a file must not drive the terminal.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in str(text)
+    )
+
+
+def _lines(text: object) -> str:
+    return "\n".join(map(plain, str(text).split("\n")))
+
+
 def main(function: Callable[[], None]) -> int:
     """Runs a command's body and turns the two errors above into a message and an exit code.
 
@@ -40,10 +54,10 @@ def main(function: Callable[[], None]) -> int:
         count = len(error.problems)
         print(f"error: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
         for problem in error.problems:
-            print(f"  - {problem}", file=sys.stderr)
+            print(f"  - {_lines(problem)}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_lines(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from molf import closure, models, tracking
+from molf import closure, errors, models, tracking
 from molf.config import PARAMS, Params, cell_config, fingerprint, untrained_fingerprint
 from molf.errors import RunError, UserError
 from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, read_json
@@ -207,7 +207,7 @@ def render(chain: Chain) -> str:
     lines.append(
         f"{len(chain.links)} links: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     )
-    return "\n".join(lines)
+    return "\n".join(map(errors.plain, lines))
 
 
 def plain(chain: Chain) -> dict[str, Any]:

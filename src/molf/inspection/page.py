@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from molf.errors import plain as plain
 from molf.inspection.guess import Guess
 from molf.inspection.profile import LIST, OBJECT, Column, Profile
 from molf.inspection.trial import Lengths
@@ -19,13 +20,6 @@ BAR = 40  # characters of the longest bar
 MOST_LINES = 30  # of a rendered prompt
 MOST_SHOWN = 40  # columns
 RESERVED = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "none", "nan", "inf"}
-
-
-def plain(text: object) -> str:
-    """A text whose characters all show: controls, marks of direction and the like as escapes, line breaks too."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in str(text)
-    )
 
 
 def cut(text: str, width: int) -> str:
