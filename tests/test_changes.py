@@ -96,6 +96,13 @@ def test_neither_the_order_of_keys_nor_of_rows_is_a_change_of_rows(raw: Make) ->
     assert numbers(found) == (20, 0, 0, 0) and found["reordered"]
 
 
+@pytest.mark.parametrize("now", [True, 1.0, "1"])
+def test_a_value_of_another_type_is_shown_as_what_changed(raw: Make, now: object) -> None:
+    before = [{"id": "a", "n": 1, "x": float("nan")}]
+    (example,) = compare(raw(before), raw([{**before[0], "n": now}]))["examples"]["changed"]
+    assert example["fields"] == {"n": {"before": 1, "now": now}}
+
+
 def test_a_column_whose_values_repeat_is_no_id_unless_it_is_given(raw: Make) -> None:
     rows = [{"db_id": f"db{i % 3}", "text": f"text {i}"} for i in range(9)]
     now = [*rows[:4], {**rows[4], "text": "edited"}, *rows[5:8], {"db_id": "db1", "text": "another"}]

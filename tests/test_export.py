@@ -180,6 +180,22 @@ def test_force_replaces_what_an_export_wrote_and_nothing_else(project: Path, tmp
     assert not leftovers(out) and not leftovers(other)
 
 
+@pytest.mark.parametrize("name", [export.ADAPTER, "pytorch_model.bin", "model-00001-of-00002.safetensors", "code.py"])
+def test_what_would_be_loaded_with_the_export_is_not_left_beside_it(project: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name} would be loaded with the export"):
+        write("fft", tmp_path / "out", force=True)
+    assert contents(tmp_path / "out").keys() == {name}
+
+
+@pytest.mark.parametrize("folder", ["weights/tiny/fact/fft/seed-0/out", "models/new", "data/cards", ".molf/out"])
+def test_no_export_goes_where_stages_write(project: Path, folder: str) -> None:
+    with pytest.raises(UserError, match="which the pipeline's stages empty"):
+        write("fft", Path(folder), force=True)
+    assert not (Path(folder) / export.MANIFEST).exists()
+
+
 def test_other_weights_than_the_lineages_are_not_written(project: Path, tmp_path: Path) -> None:
     path = cell("fft").weights / "config.json"
     path.write_text(path.read_text() + " ")

@@ -9,7 +9,7 @@ from molf import cards, memory, models
 from molf.config import Params
 from molf.errors import RunError, UserError
 from molf.lineage import describe_model
-from molf.paths import BASE_METHOD, MODELS, Cell, read_json, write_json, write_text
+from molf.paths import BASE_METHOD, MODELS, OUTPUTS, Cell, read_json, write_json, write_text
 from molf.report.markdown import literal
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ MANIFEST = "molf_export.json"  # what an export wrote, so that the next may repl
 ADAPTER = "adapter_config.json"
 # Of a cell's weights; nothing else there is the model.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", ADAPTER)
+# What else a loader would read of a folder, or run.
+LOADED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".jinja", ".model"}
 ASKED = "Question: which of these numbers is the largest, 3, 17 or 5? Answer:"
 # How far the logits of what was written may lie from the cell's own, relative to the largest: merging an adapter
 # rounds each weight once more, which shows in bfloat16's 8 bits.
@@ -227,6 +229,9 @@ def _written(directory: Path, force: bool) -> set[str]:
         raise UserError(f"{directory} is a file; an export is a folder")
     if Path.cwd().is_relative_to(directory):
         raise UserError(f"{directory} holds the folder that this runs in; take another")
+    of_stage = [folder for folder in OUTPUTS if directory.is_relative_to(folder.resolve())]
+    if of_stage:
+        raise UserError(f"{directory} lies in {of_stage[0]}, which the pipeline's stages empty; take another")
     if not directory.exists() or not any(directory.iterdir()):
         return set()
     manifest = directory / MANIFEST
@@ -268,7 +273,14 @@ def _keep(directory: Path, temporary: Path, written: set[str]) -> None:
     if taken:
         raise UserError(f"{directory}: {', '.join(sorted(taken))} was not written by an export, which would replace it")
     if directory.exists():
+        loaded = [path.name for path in directory.iterdir() if path.name not in written and _is_loaded(path)]
+        if loaded:
+            raise UserError(f"{directory}: {', '.join(sorted(loaded))} would be loaded with the export; move it away")
         shutil.copytree(directory, temporary, symlinks=True, ignore=own, copy_function=link, dirs_exist_ok=True)
+
+
+def _is_loaded(path: Path) -> bool:
+    return path.suffix in LOADED or any(path.match(pattern) for pattern in WEIGHTS)
 
 
 def _there(path: Path) -> bool:

@@ -23,6 +23,7 @@ SCRATCH = Path(".molf")  # of no stage: what DVC neither deletes nor keeps
 CHECKPOINTS = SCRATCH / "checkpoints"
 TRAINER = SCRATCH / "trainer"
 UNKEPT = SCRATCH / WEIGHTS  # weights that `training.keep` does not let stay
+OUTPUTS = (RAW, PREPARED, CARDS, MODELS, WEIGHTS, RESULTS, REPORTS, SCRATCH)  # what stages empty and fill
 
 # The untrained model is scored like a method, so that every table has a zero row.
 BASE_METHOD = "base"

@@ -273,6 +273,11 @@ def _examples(table: Rows | None, rows: np.ndarray) -> list[dict[str, Any]]:
     return [{"place": places[position], "fields": row} for position, row in table.read(rows)]
 
 
+def _written(row: dict[str, Any], name: str) -> str:
+    """A field as JSON, by which 1 is neither true nor 1.0; nothing where the row lacks it."""
+    return json.dumps(row[name], sort_keys=True, default=str) if name in row else ""
+
+
 def _changed_examples(before: Rows | None, now: Rows | None, pairs: np.ndarray) -> list[dict[str, Any]]:
     """Of each pair of positions, the fields that differ."""
     if before is None or now is None:
@@ -286,7 +291,7 @@ def _changed_examples(before: Rows | None, now: Rows | None, pairs: np.ndarray) 
         fields = {
             name: {side: row[name] for side, row in rows.items() if name in row}
             for name in dict.fromkeys([*rows["before"], *rows["now"]])
-            if name not in rows["before"] or name not in rows["now"] or rows["before"][name] != rows["now"][name]
+            if len({_written(row, name) for row in rows.values()}) > 1
         }
         found.append({"place": places[second], "fields": fields})
     return found
