@@ -3,6 +3,7 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -460,6 +461,20 @@ def test_answers_that_evaluation_cuts_are_told() -> None:
 
 
 # --- files that cannot be read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key", ["$(touch ran)", "`touch ran`", '";touch ran;"', "';touch ran;'", "\\", "\u00e9 \U0001f600"]
+)
+def test_the_line_that_turns_an_object_into_rows_runs_nothing_of_the_file(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.json").write_text(json.dumps({key: [{"a": 1}, {"a": key}]}))
+    assert run(["inspect", "rows.json"]) == 2
+    (line,) = re.findall(r"(python -c .*)", capsys.readouterr().err)
+    subprocess.run(line, shell=True, check=True)
+    assert [json.loads(row) for row in Path("rows.jsonl").read_text().splitlines()] == [{"a": 1}, {"a": key}]
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -192,29 +193,33 @@ def _inside(location: str) -> str | None:
     if not isinstance(held, dict) or not held:
         return None
 
+    def text(value: str) -> str:  # as Python has it too, without the quotes that the shell needs
+        return json.dumps(value, ensure_ascii=False)
+
     def command(rows: str) -> str:
-        return (
-            f'python -c "import json; d = json.load(open({location!r})); [print(json.dumps(r)) for r in {rows}]" > '
-            + (path.with_suffix(".jsonl").name)
-        )
+        # What stands in the file goes into a line that is pasted: it must not run there.
+        code = f"import json; d = json.load(open({text(location)})); [print(json.dumps(r)) for r in {rows}]"
+        return f"python -c {shlex.quote(code)} > {shlex.quote(path.with_suffix('.jsonl').name)}"
 
     start = f"{location} holds"
     lists = [key for key, value in held.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if lists:
         key = max(lists, key=lambda key: len(held[key]))
         if "paragraphs" in held[key][0]:  # SQuAD's own files
-            rows = f"({{'context': p['context'], **q}} for t in d[{key!r}] for p in t['paragraphs'] for q in p['qas'])"
+            rows = (
+                f'({{"context": p["context"], **q}} for t in d[{text(key)}] for p in t["paragraphs"] for q in p["qas"])'
+            )
             return f"{start} texts, each with its questions: {command(rows)}"
-        return f"{start} {len(held[key]):,} rows below {key!r}: {command(f'd[{key!r}]')}"
+        return f"{start} {len(held[key]):,} rows below {key!r}: {command(f'd[{text(key)}]')}"
     if all(isinstance(value, dict) for value in held.values()):
         names = [list(value) for value in held.values()]
         if all(own == names[0] for own in names) and all(name.isdigit() for name in names[0]):  # as pandas writes it
             rows = "(dict(zip(d, v)) for v in zip(*(c.values() for c in d.values())))"
             return f"{start} a column each in {', '.join(map(repr, list(held)[:5]))}: {command(rows)}"
-        rows = "({'key': k, **v} for k, v in d.items())"
+        rows = '({"key": k, **v} for k, v in d.items())'
         return f"{start} {len(held):,} rows, each below a key of its own: {command(rows)}"
     if all(isinstance(value, str | int | float) for value in held.values()):
-        rows = "({'question': k, 'answer': v} for k, v in d.items())"
+        rows = '({"question": k, "answer": v} for k, v in d.items())'
         return f"{start} {len(held):,} pairs: {command(rows)}"
     return f"{start} one object with {', '.join(map(repr, list(held)[:5]))}: write a row for each example"
 
