@@ -176,6 +176,8 @@ def spool(files: dict[str, list[str]], directory: Path, most: int | None) -> dic
             )
         except UserError as error:
             hints = [hint for path in paths if "found an object" in str(error) and (hint := _inside(path))]
+            if "without a name" in str(error):
+                hints.append("if lines stand above the header, remove them: tail -n +3 FILE begins with the third line")
             raise UserError([*error.problems, *hints]) from None
     write_json(directory / "source.json", found)
     return found

@@ -81,7 +81,11 @@ def _many(count: int, what: str) -> str:
 
 def _texts(column: Column) -> list[str]:
     odd = [
-        (column.spaced, "white space at an end, which a column alone loses and a template keeps"),
+        # Where nearly all have some, it is the form and no slip.
+        (
+            column.spaced * (column.spaced < 0.9 * column.given),
+            "white space at an end, which a column alone loses and a template keeps",
+        ),
         (column.html, "HTML tags or entities"),
         (
             column.mojibake,

@@ -342,21 +342,26 @@ def _completion(found: Profile) -> Guess | None:
     for answer, why in _answer_columns(found):
         taken = {answer, answer.split(".")[0]}
         names, reasons = _asked(found, taken, pairs=True)
+        options = [name for name in _ordered(found.top, OPTION_LISTS) if found.columns[name].mostly(TEXT)]
+        if names and options and _usable(options[0]):
+            names.append(options[0])
+            reasons.append(f"`{options[0]}` is one text with the options; kind: choice would need a list or columns")
         if names:
             return _written(found, names, answer, [why, *reasons])
     # No name is known: a column of few labels beside a text, or two texts in their order.
     free = [name for name, column in found.top.items() if column.is_free_text and _usable(name)]
-    free = [name for name in free if not WRONG.match(_plain(name))]
+    free = [name for name in free if not WRONG.match(_plain(name)) and _plain(name) not in OPTION_LISTS]
     labels = [
         name
         for name, column in found.top.items()
         if _usable(name) and column.few is not None and 2 <= len(column.few) <= 50 and column.given >= 20
+        if re.sub(r"\d+$", "", _plain(name)) not in SUBJECTS
         if len(column.few) <= column.given / 5 and column.mostly(TEXT, WHOLE, TRUTH)
     ]
     if len(free) >= 1 and len(labels) == 1:
         why = f"`{labels[0]}` has {len(found.columns[labels[0]].few or ())} values beside the text of `{free[0]}`"
         return _written(found, free[:1], labels[0], [f"{why}: a label (no name is known, look twice)"])
-    if len(free) == 2:
+    if len(free) == 2 and _plain(free[1]) not in {*ASKED, *CONTEXTS}:
         why = f"`{free[0]}` and `{free[1]}` are the only texts, taken in their order (no name is known, look twice)"
         return _written(found, free[:1], free[1], [why])
     return None
@@ -366,6 +371,8 @@ def _answer_columns(found: Profile) -> Iterable[tuple[str, str]]:
     """Columns, or paths, that may hold the answer, by their names; and why."""
     for name in _ordered(found.columns, ANSWERS):
         column = found.columns[name]
+        if column.given < column.rows / 2:
+            continue
         if not _usable(name) or (_plain(name) == "query" and "question" not in map(_plain, found.top)):
             continue
         if column.mostly(TEXT, WHOLE, NUMBER, TRUTH) and (column.few is None or len(column.few) > 1):
@@ -390,6 +397,9 @@ def _answer_columns(found: Profile) -> Iterable[tuple[str, str]]:
                     inner + ".0" * lists,
                     f"`{inner}` holds the {'answers, of which the first is taken' * lists}" + ("answer" * (not lists)),
                 )
+    for name in _ordered(found.top, ["answer0", "answer1", "answers0", "response0", "response1", "output0", "output1"]):
+        if found.columns[name].mostly(TEXT, WHOLE, NUMBER, TRUTH) and _usable(name):
+            yield name, f"`{name}` is the first of several answers"
     for name in ("answers_spans.spans",):  # DROP's
         if name in found.columns:
             yield f"{name}.0", f"`{name}` holds lists of answers, of which the first is taken"
@@ -440,7 +450,8 @@ def _written(found: Profile, names: list[str], answer: str, reasons: list[str]) 
     leading = sum(isinstance(text, str) and text[:1].isspace() for text in (at(r, answer) for r in found.sample))
     prompt, cue = names[0], _title("answer" if base.startswith("answers") else base.split(".")[0])
     if len(names) > 1:
-        lines = [f"{_title(name)}: {{{name}}}" for name in names]
+        # Options have letters of their own.
+        lines = [f"{_title(name)}: {{{name}}}" if _plain(name) not in OPTION_LISTS else f"{{{name}}}" for name in names]
         prompt = "\n".join([*lines, f"{cue}:"])
     elif label and found.columns[names[0]].is_free_text and _plain(names[0]) not in ("prompt", "instruction"):
         # Without it the end of a text does not tell that a label is asked for.
@@ -513,6 +524,8 @@ def refusal(found: Profile) -> list[str]:
             "save it with commas (.csv) or tabs (.tsv)"
         )
     texts = [name for name, column in top.items() if column.is_free_text]
+    if not said and len(texts) > 1 and all(_plain(name) in {*ASKED, *CONTEXTS, *OPTION_LISTS} for name in texts):
+        said.append(f"{_and(texts)} are what is asked; no column has the answer, as in test files without answers")
     if not said and len(texts) == 1:
         others = "the other columns hold no answer to it" if len(top) > 1 else "there is no answer beside it"
         said.append(

@@ -91,7 +91,7 @@ def rows(found: Profile, width: int) -> list[str]:
     """The first rows, a cell a line, each cut."""
     lines = []
     for number, record in found.first:
-        for i, (name, value) in enumerate(record.items()):
+        for i, (name, value) in enumerate((n, v) for n, v in record.items() if v is not None):
             start = f"  {number if i == 0 else '':>5}  "
             lines.append(cut(f"{start}{plain(name)}: {_value(value)}", width))
     return lines
