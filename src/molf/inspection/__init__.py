@@ -1,6 +1,5 @@
 """`molf inspect`: looks at a file of rows, guesses its task, and writes the block to paste."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from molf.config import PARAMS, Params, check_params, load_params
-from molf.errors import UserError
+from molf.errors import UserError, plain
 from molf.inspection import files, findings, page, trial
-from molf.inspection.guess import Guess, group, guesses, refusal
+from molf.inspection.forms import Guess
+from molf.inspection.guess import group, guesses, refusal
 from molf.inspection.profile import Profile, measured
 from molf.paths import BASE_METHOD
 
@@ -72,12 +72,7 @@ def inspect(
     params, mistaken = _params()
     own = files.find(location, dict(split_of))
     with tempfile.TemporaryDirectory(prefix="molf-inspect-") as folder:
-        try:
-            return _inspect(location, own, Path(folder), params, mistaken, model, kind, shown, most)
-        except UserError as error:
-            # What an error quotes from the file must not drive the terminal either.
-            safe = ["\n".join(map(page.plain, problem.split("\n"))) for problem in error.problems]
-            raise UserError(safe) from None
+        return _inspect(location, own, Path(folder), params, mistaken, model, kind, shown, most)
 
 
 def _params() -> tuple[Params, str]:
@@ -115,14 +110,14 @@ def _inspect(
         lines += page.header(split, source["files"][split], found, len(profiles) > 1)
     beside = files.beside(location) if len(profiles) == 1 else []
     if beside:
-        lines.append(f"  beside it: {', '.join(map(page.plain, beside))}; inspect the folder to take all")
+        lines.append(f"  beside it: {', '.join(map(plain, beside))}; inspect the folder to take all")
     if train.columns:
         lines += ["", "columns:", *page.columns(train, width), "", "rows:", *page.rows(train, width)]
     may = [guess for guess in guesses(train) if kind in (None, guess.kind)]
     name = _name(location, params)
     if not may:
         lines += ["", f"no task is guessed{f' of kind {kind}' if kind else ''}:"]
-        lines += [f"  - {page.plain(text)}" for text in refusal(train)]
+        lines += [f"  - {plain(text)}" for text in refusal(train)]
         wrong = findings.of_columns(train, list(train.top), None) + findings.of_splits(profiles, None)
         lines += _said("what looks wrong:", wrong)
         return Found(profiles, None, [], name, None, lines)
@@ -151,13 +146,13 @@ def _inspect(
     if guess.kind == "sql":
         _loosen(guess, block, tried)
     lines += ["", f"guess: {guess.kind}, because"]
-    lines += [f"  - {page.plain(text)}" for text in guess.reasons]
-    lines += [f"  note: {page.plain(text)}" for text in guess.notes]
+    lines += [f"  - {plain(text)}" for text in guess.reasons]
+    lines += [f"  note: {plain(text)}" for text in guess.notes]
     unused = [column for column in train.top if column not in {c.split(".")[0] for c in guess.columns()}]
     if unused:
-        lines.append(f"  not used: {', '.join(map(page.plain, unused))}")
+        lines.append(f"  not used: {', '.join(map(plain, unused))}")
     if len(may) > 1:
-        lines += [f"  also possible: --kind {other.kind}: {page.plain(other.reasons[0])}" for other in may[1:]]
+        lines += [f"  also possible: --kind {other.kind}: {plain(other.reasons[0])}" for other in may[1:]]
     wrong = []
     if tried.first is not None:
         lines += ["", "the first row as the model sees it:", *page.example(tried.first, width)]
@@ -182,17 +177,15 @@ def _said(title: str, texts: list[str]) -> list[str]:
     """Sentences below a title; one that begins with spaces belongs to the one before it."""
     if not texts:
         return []
-    return ["", title, *(page.plain(f"  {text}" if text.startswith("    ") else f"  - {text}") for text in texts)]
+    return ["", title, *(plain(f"  {text}" if text.startswith("    ") else f"  - {text}") for text in texts)]
 
 
 def _name(location: str, params: Params) -> str:
     """A name for the task that no other has, from the file's."""
     path = Path(location.rstrip("/"))
-    parts = [path.name, path.parent.name] if files.is_url(location) else [path.name, path.resolve().parent.name]
-    stems = [re.sub(r"[^a-z0-9_-]+", "-", part.lower().split(".")[0]).strip("-_")[:40] for part in parts]
-    stem = next(
-        (stem for stem in stems if stem and not re.fullmatch(r"(train|data|dataset)([0-9_-]|of)*", stem)), "mine"
-    )
+    parent = path.parent if files.is_url(location) else path.resolve().parent
+    # `train-00000-of-00001` is no name of a task, nor is `dev`; what stands before is.
+    stem = next((name for name in map(files.stem, (path, parent)) if name), "mine")
     taken = {*params.tasks, BASE_METHOD}
     return next(name for name in (stem, *(f"{stem}-{i}" for i in range(2, 1000))) if name not in taken)
 
@@ -264,7 +257,7 @@ def _next(found: Found, mistaken: str, location: str) -> list[str]:
             "DVC watches all of it"
         )
     if mistaken:
-        lines.append(page.plain(mistaken))
+        lines.append(plain(mistaken))
     pin = "molf pin && " if source["kind"] == "url" else ""
     lines.append(f"next: {pin}molf check && dvc repro prepare@{found.name}, then molf estimate")
     return lines

@@ -74,6 +74,13 @@ def _words(path: Path) -> list[str]:
     return re.findall(r"[a-z]+|\d+", path.name.lower().split(".")[0])
 
 
+def stem(path: Path) -> str:
+    """What a path's last part says beside its split and number, as a task's name; empty if it says nothing."""
+    own = re.sub(r"[^a-z0-9_-]+", "-", path.name.lower().split(".")[0]).strip("-_")[:40]
+    said = [word for word in _words(path) if word not in SPLIT_WORDS and not COUNTED.fullmatch(word)]
+    return own if set(said) - {"data", "dataset"} else ""
+
+
 def _is_rows(path: Path) -> bool:
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
     return path.is_file() and bool(suffixes) and suffixes[-1] in FORMATS

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from molf.inspection.guess import Guess, at
+from molf.inspection.forms import Guess, at
 from molf.inspection.profile import Column, Profile
 
 FEW_ROWS = 100

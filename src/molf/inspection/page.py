@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from molf.errors import plain as plain
-from molf.inspection.guess import Guess
+from molf.errors import plain
+from molf.inspection.forms import Guess
 from molf.inspection.profile import LIST, OBJECT, Column, Profile
 from molf.inspection.trial import Lengths
 
