@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-BATCH = 65_536  # rows that are in memory at once
+BATCH = 8_192  # rows that are in memory at once: long ones must fit
 EXAMPLES = 3  # rows that are kept of each kind of change
 SAMPLE = 100  # rows whose columns are looked at
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
@@ -184,7 +184,7 @@ class _Split:
         changed = np.stack([self.gone[i], self.come[j]], axis=1)
         removed, added = np.delete(self.gone, i), np.delete(self.come, j)
         stayed = self.partner[self.partner >= 0]
-        old, new = (table.columns if table else self.columns for table in (self.before, self.now))
+        old, new = (self.columns if table is None else table.columns for table in (self.before, self.now))
         return {
             **{"before": len(self.partner), "now": self.later, "same": len(stayed)},
             **{"added": len(added), "removed": len(removed), "changed": len(changed), "by": by},

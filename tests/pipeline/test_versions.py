@@ -17,6 +17,7 @@ import pytest
 from molf.cli import run
 from tests.conftest import QUIET, ROOT, SMALL, Project
 
+pytestmark = pytest.mark.timeout(1800)  # the first clone's run takes minutes on a busy machine
 BUCKET = "molf"
 REMOTES = ["disk", "cloud"]
 
