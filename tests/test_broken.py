@@ -103,6 +103,7 @@ ROWS: dict[str, Broken] = {
     "a key twice": unread("has each key once", json.dumps(FIRST).encode()[:-1] + b', "cop": 2}', '{"question"'),
     "a key twice, nested": unread("has each key once", b'{"a": {"b": 1, "b": 2}}', '{"a"'),
     "Latin-1": unread("is UTF-8", '{"question": "naïve"}'.encode("latin-1"), '{"question": "na\\xefve"}'),
+    "a key with half a surrogate pair": unread("is UTF-8", b'{"\\ud83d": 1}', '{"\\ud83d": 1}'),
     "a NUL byte": unread("is JSON", b'{"question": "a\x00b"}', '{"question": "a\x00b"}'),
     "a line of 50 MB": unread("is a line of at most 32 MiB", b'{"question": "' + b"x" * 50_000_000 + b'"}', ""),
     # rows whose fields are wrong
@@ -166,7 +167,7 @@ ROWS: dict[str, Broken] = {
         "med", "rows.csv", table(with_fourth("q,a,b\n")), 5, "(row)", "has as many fields as the header", '["q", "a"'
     ),
     "CSV, text behind a quote": Broken(
-        "med", "rows.csv", table(with_fourth('"q"x,a,b\n')), 5, "(row)", "has its quotes in pairs", "lines 5 to 5"
+        "med", "rows.csv", table(with_fourth('"q"x,a,b\n')), 5, "(row)", "has its quotes in pairs", '"q"x,a,b'
     ),
     "CSV, a quote that never ends": Broken(
         "med",
@@ -175,7 +176,10 @@ ROWS: dict[str, Broken] = {
         GOOD + 2,
         "(row)",
         "has its quotes in pairs",
-        "lines 22",
+        '"q,a,b',
+    ),
+    "CSV, a quote that never ends, among rows": Broken(
+        "med", "rows.csv", table(with_fourth('"q,a,b\n')), 5, "(row)", "has its quotes in pairs", '"q,a,b'
     ),
     "CSV, an empty cell": Broken(
         "med", "rows.csv", table(with_fourth(CSV_ROW.replace(FIRST["opa"], ""))), 5, "opa", "is given", ""
@@ -206,6 +210,27 @@ ROWS: dict[str, Broken] = {
         "(row)",
         "is a JSON object",
         "7",
+    ),
+    "an item with a number of 5,000 digits": Broken(
+        "med",
+        "rows.json",
+        lambda rows: json.dumps([*rows[:3], {"cop": "#"}, *rows[3:]]).replace('"#"', "9" * 5000).encode(),
+        4,
+        "(row)",
+        "is JSON",
+        '{"cop": 999',
+    ),
+    "Parquet, bytes that are no text": Broken(
+        "med",
+        "rows.parquet",
+        lambda rows: parquet(
+            [row | {"opa": row["opa"].encode()} for row in rows[:3]]
+            + [row | {"opa": row["opa"].encode() + b"\xff" * (i == 0)} for i, row in enumerate([FIRST, *rows[3:]])]
+        ),
+        4,
+        "opa",
+        "is UTF-8",
+        "",
     ),
 }
 
@@ -238,8 +263,12 @@ def whole(rows: list[dict[str, Any]]) -> bytes:
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
+    return _written(pa.Table.from_pylist(rows))
+
+
+def _written(table: pa.Table) -> bytes:
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), file)
+    pq.write_table(table, file)
     return file.getvalue()
 
 
@@ -265,6 +294,7 @@ FINE: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes]]] = {
         "rows.jsonl.zst",
         lambda rows: zstandard.compress(whole(rows[:9])) + zstandard.compress(whole(rows[9:])),
     ),
+    "a name in capitals": ("ROWS.JSONL", whole),
     "gzipped CSV": ("rows.csv.gz", lambda rows: gzip.compress(table(list)(rows))),
     "Parquet": ("rows.parquet", parquet),
     "gzipped Parquet": ("rows.parquet.gz", lambda rows: gzip.compress(parquet(rows))),
@@ -322,6 +352,11 @@ FILES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes], str]] = {
         "the list ends too early, after row 20",
     ),
     "JSON, cut in a row": ("rows.json", lambda rows: json.dumps(rows).encode()[:-9], "row 20 is not JSON (line 1: "),
+    "JSON, two lists": (
+        "rows.json",
+        lambda rows: json.dumps(rows[:9]).encode() + b"\n" + json.dumps(rows[9:]).encode(),
+        "more follows behind the list of 9 rows",
+    ),
     "no Parquet": ("rows.parquet", lambda rows: b"PAR1nothing", "cannot be read: "),
     "truncated Parquet": ("rows.parquet", lambda rows: parquet(rows)[:-20], "cannot be read: "),
     "Parquet with another schema": (
@@ -339,6 +374,16 @@ FILES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes], str]] = {
         "rows.csv",
         lambda rows: b"question,,opa\nq,a,b\n",
         "the header has a column without a name",
+    ),
+    "a header in Latin-1": (
+        "rows.csv",
+        lambda rows: "question,opa,café\nq,a,b\n".encode("latin-1"),
+        "the header is not UTF-8: question, opa, caf\\xe9; save the file as UTF-8",
+    ),
+    "Parquet with a name twice": (
+        "rows.parquet",
+        lambda rows: _written(pa.Table.from_arrays([pa.array(["q"])] * 2, names=["question", "question"])),
+        "names the column question twice",
     ),
     "an unknown format": ("rows.xlsx", whole, "the format is told by the name; allowed: .jsonl"),
     "no format": ("rows", whole, "the format is told by the name"),
