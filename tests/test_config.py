@@ -156,7 +156,10 @@ def test_bad_params_stop_the_command_line_with_2(
     assert "run this in the project's root folder" in capsys.readouterr().err
     (tmp_path / "params.yaml").write_text("grid: [\n")
     assert run(["check"]) == 2
-    assert "not valid YAML" in capsys.readouterr().err
+    assert "not valid YAML, line 2, column 1" in capsys.readouterr().err
+    (tmp_path / "params.yaml").write_text("tasks:\n  a: 1\ntasks:\n  b: 1\n")
+    assert run(["check"]) == 2
+    assert "not valid YAML, line 3, column 1: the key tasks stands a second time" in capsys.readouterr().err
 
 
 def test_a_cells_config_holds_what_its_training_depends_on() -> None:

@@ -104,7 +104,7 @@ def test_copies_across_splits_fail_leave_or_stay_as_the_block_says(tmp_path: Pat
         prepared("fail")
     text = str(caught.value)
     assert "train rows also in test: 1 with an equal prompt, 1 near copies" in text
-    assert "set tasks.med.duplicates.across to drop" in text
+    assert "set tasks.med.duplicates.across to drop (they leave the split named first)" in text
     assert len(frame(tmp_path, "copies")) == 2, "what was found is kept to be looked at"
 
     dropped = prepared("drop")

@@ -477,12 +477,21 @@ def read_yaml(path: Path) -> Any:
         UserError: The file lacks or does not parse.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
         return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): run this in the project's root folder") from None
+    except MarkedYAMLError as error:  # its own text names no file, shows no line and advises to allow doubled keys
+        problem, mark = str(error.problem), error.problem_mark
+        if isinstance(error, DuplicateKeyError):
+            problem = f"the key {problem.split(chr(34))[1]} stands a second time in one block; keep one of them"
+        else:
+            problem += "; look at the indent and the brackets there and above"
+        where = f"line {mark.line + 1}, column {mark.column + 1}"
+        raise UserError(f"{path} is not valid YAML, {where}: {problem}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 

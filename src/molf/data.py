@@ -443,8 +443,8 @@ def describe(summary: dict[str, Any]) -> str:
             lines.append(f"  {split}: {count['kept']:,}, taken from the rows above")
             continue
         lines.append(
-            f"  {split}: {count['kept']:,} kept of {count['raw']:,} raw; {count['rejected']:,} rejected, "
-            f"{count['duplicates']:,} equal and {count['near_duplicates']:,} near copies"
+            f"  {split}: {count['kept']:,} of {count['raw']:,} raw; {count['rejected']:,} rejected, "
+            f"{count['duplicates']:,} equal copies left out, {count['near_duplicates']:,} near copies kept"
         )
     lines += [
         f"  rejected: {reason['split']}, {reason['column']}: {reason['check']}: {reason['rows']:,}"

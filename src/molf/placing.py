@@ -203,8 +203,8 @@ class Placing:
                 f"copies; such as {one} and {other}"
             )
         lines.append(
-            f"    set tasks.{self.name}.duplicates.across to drop (they leave {self._refused[0][0]}) or keep, mend the "
-            "files, or raise duplicates.similarity"
+            f"    set tasks.{self.name}.duplicates.across to drop (they leave the split named first) or keep, mend "
+            "the files, or raise duplicates.similarity"
         )
         raise UserError("\n".join(lines))
 
