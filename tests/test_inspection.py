@@ -452,6 +452,16 @@ def test_tokens_are_counted_by_a_local_model(base: Path) -> None:
         looked(rows, model="other")
 
 
+def test_one_conversation_without_an_answer_is_counted() -> None:
+    turns = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3"},
+    ]
+    rows = [{"messages": [{**turns[0], "content": f"w1 {i}"}, turns[1]]} for i in range(300)] + [{"messages": turns}]
+    assert "1 of 301 conversations looked at end without the assistant: rejected" in looked(rows)[1]
+
+
 def test_answers_that_evaluation_cuts_are_told() -> None:
     rows = [{"question": row["question"], "answer": row["answer"] * 40} for row in QA]
     _, text = looked(rows)

@@ -98,7 +98,7 @@ def _messages(found: Profile) -> Guess | None:
             continue
         if answered < len(last):
             guess.notes.append(
-                f"{1 - answered / len(last):.0%} of the conversations do not end with the assistant and are rejected"
+                f"{len(last) - answered:,} of {len(last):,} conversations looked at end without the assistant: rejected"
             )
         strange = [f"{role!r}" for role in roles if role not in ROLES]
         if strange:
