@@ -164,6 +164,30 @@ def test_empty_cells_of_a_csv_are_empty_inputs() -> None:
     assert prepared(found)["rows"]["train"]["rejected"] == 0
 
 
+def test_the_guide_s_blocks_and_names_of_checks_are_true() -> None:
+    from molf import readers
+    from molf.tasks import TASKS, choice, completion
+    from molf.tasks.columns import text_checks
+
+    guide = (ROOT / "docs/data.md").read_text().partition("## Bring your own data")[2].partition("\n## ")[0]
+    params = read_yaml(Path("params.yaml"))
+    for block in re.findall(r"```yaml\n(.+?)```", guide, flags=re.DOTALL):
+        params["tasks"] |= yaml.safe_load(block)["tasks"]
+    params["grid"]["tasks"] = ["support", "quiz"]
+    tasks = check_params(params, "docs/data.md").tasks
+    named = set(re.findall(r"`([^`]+)`", re.sub(r"```.+?```", "", guide, flags=re.DOTALL)))
+    for check in (readers.IS_JSON, readers.IS_OBJECT, readers.KEYS_ONCE, readers.IS_UTF_8, readers.IS_SHORT):
+        assert check in named
+    assert {readers.HAS_FIELDS, readers.IS_CSV, *(check.name for check in text_checks())} <= named
+    known = {choice.LIST, choice.GAP, choice.DIFFER, choice.INSIDE, *choice.FORM.values()}
+    assert known <= named
+    assert {completion.TURNS, completion.ROLE, completion.ANSWERED, completion.FIRST, completion.LAST} <= named
+    for kind in ("sql", "med", "fact"):
+        schema = TASKS[kind].raw_schema(tasks[kind].options)
+        own = [*schema.checks, *(check for column in schema.columns.values() for check in column.checks)]
+        assert {check.name for check in own} <= named, kind
+
+
 # --- splits --------------------------------------------------------------------------------------------------------
 
 
