@@ -123,6 +123,7 @@ ROWS: dict[str, Broken] = {
     "a number as text": row("med", "cop", "is an option's number, 1 to 4", "2", cop="2"),
     "an answer outside": row("med", "cop", "is an option's number, 1 to 4", "5", cop=5),
     "an answer between": row("med", "cop", "is an option's number, 1 to 4", "1.5", cop=1.5),
+    "an answer of 400 digits": row("med", "cop", "is an option's number, 1 to 4", "1000", cop=10**400),
     "true as the answer": row("med", "cop", "is an option's number, 1 to 4", "True", cop=True),
     "two options alike": row("med", "(row)", "options differ", '{"question"', opa="same ", opb=" same"),
     "a prompt without a slot": row(
@@ -158,7 +159,7 @@ ROWS: dict[str, Broken] = {
     "SQL of a table that lacks": row(
         "sql", "sqlite", "query runs in its context", "no such table: nowhere", sql="SELECT * FROM nowhere"
     ),
-    "a context that is none": row("sql", "sqlite", "query is SQL", "context: near", sql_context="CREATE TABEL t (x)"),
+    "a context that is none": row("sql", "sqlite", "context runs", "context: near", sql_context="CREATE TABEL t (x)"),
     # tables
     "CSV, a field too many": Broken(
         "med", "rows.csv", table(with_fourth("x," + CSV_ROW)), 5, "(row)", "has as many fields as the header", '["x", '

@@ -57,10 +57,11 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     source = block.source
     files: dict[str, list[dict[str, Any]]] = {}
     columns: dict[str, list[str]] = {}
+    wanted = _wanted(name, block)
     for split, origins in _origins(name, block).items():
         files[split], columns[split] = write_split(f"tasks.{name}", origins, directory / f"{split}.parquet")
         if columns[split]:  # else no row can be read, and `prepare` says why
-            _require_columns(name, block, ", ".join(origin.name for origin in origins), columns[split])
+            _require_columns(name, wanted, ", ".join(origin.name for origin in origins), columns[split])
     if "train" not in files:
         there = f"only {', '.join(files)}" if files else "nor any other"
         raise UserError(f"tasks.{name}.source: there is no train split, {there}")
@@ -199,15 +200,27 @@ def _revision(name: str, source: HubSource) -> str:
     return source.revision if SHA.fullmatch(source.revision) else pinned(f"tasks.{name}", "revision")
 
 
-def _require_columns(name: str, block: TaskBlock, origin: str, there: list[str]) -> None:
-    wanted = TASKS[block.kind].columns(block.options)
+def _wanted(name: str, block: TaskBlock) -> list[list[str]]:
+    """The columns of which one list must be there; asked before anything is read, since the options may be wrong."""
+    try:
+        return TASKS[block.kind].columns(block.options)
+    except UserError as error:
+        raise UserError([f"tasks.{name}.options: {problem}" for problem in error.problems]) from None
+
+
+def _require_columns(name: str, wanted: list[list[str]], origin: str, there: list[str]) -> None:
     if not any(set(columns) <= set(there) for columns in wanted):
         nearest = max(wanted, key=lambda columns: len(set(columns) & set(there)))
         lacking = [column for column in nearest if column not in there]
         raise UserError(
-            f"tasks.{name}: {origin} lacks the column{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}; "
-            f"there is {', '.join(map(str, there))}"
+            f"tasks.{name}: {origin} lacks the column{'s' if len(lacking) > 1 else ''} {_names(lacking)}; "
+            f"there is {_names(there)}"
         )
+
+
+def _names(columns: list[str]) -> str:
+    """Columns' names, in quotes where spaces would hide what they are."""
+    return ", ".join(repr(name) if not name or name != name.strip() else name for name in columns)
 
 
 def extract_databases(source: Path, directory: Path, key: str) -> None:

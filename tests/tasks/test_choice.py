@@ -41,7 +41,7 @@ def examples(frame: pd.DataFrame, options: ChoiceOptions) -> pd.DataFrame:
 
 
 def test_a_row_becomes_a_question_with_lettered_options() -> None:
-    frame = raw(o3=[" o3 of 0 ", None, "x"], o4=["y", None, None], topic=["Art ", None, "Music"])
+    frame = raw(o3=[" o3 of 0 ", None, "x"], o4=["y", None, None], topic=["Art ", None, 2])
     made = examples(frame.set_index(pd.Index([7, 3, 9])), form(subject="topic"))
     assert made.loc[7].to_dict() == {
         "prompt": "Question 0?\nA. o1 of 0\nB. o2 of 0\nC. o3 of 0\nD. y\nAnswer:",
@@ -52,7 +52,7 @@ def test_a_row_becomes_a_question_with_lettered_options() -> None:
     }
     assert made["options"].tolist() == [4, 2, 3]
     assert made.loc[3, "prompt"] == "Question 1?\nA. o1 of 1\nB. o2 of 1\nAnswer:"
-    assert made["subject"].isna().tolist() == [False, True, False]
+    assert made["subject"].isna().tolist() == [False, True, False] and made.loc[9, "subject"] == "2"
 
 
 def test_the_columns_that_must_be_there() -> None:
@@ -114,6 +114,14 @@ def test_an_answer_in_each_form(answer_is: str, answers: list[Any]) -> None:
     assert made["answer"].tolist() == ["A", "B", "C"] and made["completion"].tolist() == [" A", " B", " C"]
 
 
+def test_the_answers_may_be_the_first_options() -> None:
+    frame = raw(right=["yes", "true", 10**400])
+    made = examples(frame, form("text", ["right", "o1"], subject="right"))
+    assert made["answer"].tolist() == ["A"] * 3 and made["subject"].tolist()[:2] == ["yes", "true"]
+    assert made["prompt"].iloc[0] == "Question 0?\nA. yes\nB. o1 of 0\nAnswer:"
+    assert found(frame, form("letter", ["right", "o1"])) == {("is a letter", i) for i in range(3)}
+
+
 def test_an_answer_that_is_a_number_among_the_options() -> None:
     made = examples(raw(o1=[1, 1, 1], o2=["2", 2, 2.0], o3=[3] * 3, o4=[4] * 3, right=["2", 2, 3]), form("text"))
     assert made["answer"].tolist() == ["B", "B", "C"]
@@ -168,7 +176,7 @@ def test_an_answer_must_be_one_of_the_row_s_own_options() -> None:
         ({"o4": ["a", False, "c"]}, "is text or a finite number"),
         ({"o4": ["a", "b\x07", "c"]}, "has no control characters"),
         ({"o3": [1, 1, 1], "o4": [2, "1", 2]}, choice.DIFFER),
-        ({"topic": ["a", 7, "c"]}, "is text"),
+        ({"topic": ["a", [7], "c"]}, "is text or a finite number"),
     ],
 )
 def test_a_bad_row_is_found_with_its_check(changes: dict[str, list[Any]], check: str) -> None:

@@ -54,13 +54,14 @@ def test_a_template_is_taken_to_the_letter() -> None:
         ("{é}{}", ["é", ""], "yz"),
         ("a b.c[0]:d", ["a b.c[0]:d"], "x"),
         ("{{é}}", ["{{é}}"], "braces"),
+        ("self", ["self"], "own"),
     ],
 )
 def test_any_column_may_stand_in_braces_and_doubled_braces_are_the_text_s(
     template: str, columns: list[str], text: str
 ) -> None:
     options = CompletionOptions(prompt=template, completion="answer")
-    frame = raw(**{"a b.c[0]:d": ["x"], "é": ["y"], "": ["z"], "{{é}}": ["braces"], "answer": ["1"]})
+    frame = raw(**{"a b.c[0]:d": ["x"], "é": ["y"], "": ["z"], "{{é}}": ["braces"], "self": ["own"], "answer": ["1"]})
     assert completion.columns(options)[0] == [*columns, "answer"]
     assert examples(frame, options)["prompt"].tolist() == [text]
 
@@ -73,14 +74,15 @@ def test_a_brace_without_a_partner_is_named(template: str, said: str) -> None:
         completion.columns(CompletionOptions(prompt=template, completion="answer"))
 
 
-def test_control_characters_of_a_template_are_named() -> None:
-    with pytest.raises(UserError, match="has control characters"):
-        completion.columns(CompletionOptions(prompt="\x07{a}", completion="answer"))
+@pytest.mark.parametrize("character", ["\x07", "\ufffd", "\ud800"])
+def test_control_characters_of_a_template_are_named(character: str) -> None:
+    with pytest.raises(UserError, match=r'has control characters.* a line break is "\\n" and a tab "\\t"'):
+        completion.columns(CompletionOptions(prompt=f"{character}{{a}}", completion="answer"))
 
 
 def test_numbers_are_written_as_json_writes_them() -> None:
-    numbers = [7, 2.5, 1.0, 1e22, -0.0, 10**25, True, False]
-    made = examples(raw(question=["q"] * 8, answer=numbers), PLAIN)
+    numbers = [7, 2.5, 1.0, 1e22, -0.0, 10**25, -(10**400), True, False]
+    made = examples(raw(question=["q"] * len(numbers), answer=numbers), PLAIN)
     assert made["completion"].tolist() == [f" {json.dumps(number)}" for number in numbers]
     truths = pd.DataFrame({"question": ["q", "r"], "answer": [True, False]})
     assert examples(truths, PLAIN)["completion"].tolist() == [" true", " false"]

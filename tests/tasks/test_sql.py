@@ -43,20 +43,34 @@ def test_both_sets_of_columns_become_the_same_examples(tmp_path: Path) -> None:
     (tmp_path / "zoo").mkdir()
     sqlite3.connect(tmp_path / "zoo/zoo.sqlite").close()
     spider = pd.DataFrame(
-        {"db_id": ["zoo", "gone", "../zoo"], "question": "Q?", "context": " CREATE TABLE t (x)", "query": "SELECT 1 "}
+        {
+            "db_id": ["zoo", "g" * 300, "../zoo"],
+            "question": "Q?",
+            "context": " CREATE TABLE t (x)",
+            "query": "SELECT 1 ",
+        }
     )
     examples = with_ids(
         sql.to_examples(spider.set_index(pd.Index([4, 2, 9])), SqlOptions(databases=str(tmp_path), must_run=True))
     )
     sql.prepared_schema().validate(examples, lazy=True)
     assert examples.index.tolist() == [4, 2, 9]
-    assert examples["db_id"].tolist() == ["zoo", "gone", "../zoo"]
+    assert examples["db_id"].tolist() == ["zoo", "g" * 300, "../zoo"]
     assert examples.loc[4, "database"] == str(tmp_path / "zoo/zoo.sqlite")
     assert examples["database"].isna().tolist() == [False, True, True]
     other = with_ids(sql.to_examples(gretel("SELECT 1", context="CREATE TABLE t (x)"), OPTIONS))
     sql.prepared_schema().validate(other, lazy=True)
     assert other["completion"].tolist() == [examples.loc[4, "completion"]] == [" SELECT 1"]
     assert other["db_id"].isna().all() and other["database"].isna().all()
+
+
+def test_columns_of_the_other_set_s_names_have_no_part() -> None:
+    plain = gretel("SELECT 1", "SELECT 2")
+    odd = plain.assign(question=None, context=7, db_id="zoo")
+    frame = sql.normalise(odd, OPTIONS)
+    assert rejected(sql.raw_schema(OPTIONS), frame) == set()
+    pd.testing.assert_frame_equal(sql.to_examples(frame, OPTIONS), sql.to_examples(plain, OPTIONS))
+    assert sql.identity(frame, OPTIONS).tolist() == ["Question 0?\nSELECT 1", "Question 1?\nSELECT 2"]
 
 
 def test_a_bad_row_is_found_with_its_check() -> None:

@@ -202,11 +202,11 @@ def _limits(profiles: dict[str, Profile], kept: set[str], guess: Guess) -> dict[
 
 def _loosen(guess: Guess, block: dict[str, Any], tried: trial.Trial) -> None:
     """Lets queries of another dialect in where they alone are too many."""
-    from molf.tasks.sql import PARSES, RUNS
+    from molf.tasks.sql import FILLS, PARSES, RUNS
 
     if tried.summary is None:
         return
-    dialect = sum(reason["rows"] for reason in tried.summary["reasons"] if reason["check"] in (PARSES, RUNS))
+    dialect = sum(reason["rows"] for reason in tried.summary["reasons"] if reason["check"] in (FILLS, PARSES, RUNS))
     raw = sum(count["raw"] for count in tried.summary["rows"].values())
     if dialect > block["max_rejected"] * raw:
         block["options"]["must_run"] = False

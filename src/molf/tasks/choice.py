@@ -31,6 +31,7 @@ from molf.tasks.generic import (
     as_worded,
     flaws,
     no_wrong,
+    replaced,
     schema,
     ways,
     with_paths,
@@ -66,6 +67,13 @@ def columns(options: "ChoiceOptions") -> list[list[str]]:
     return ways([*Template.parse(options.question).columns, *own, options.answer, *subject])
 
 
+def _answer(options: "ChoiceOptions") -> str:
+    """The normalised column of the answers' letters: the answers' own, unless that is also asked or an option."""
+    asked = [*Template.parse(options.question).columns, options.subject]
+    asked += [options.options] if isinstance(options.options, str) else options.options
+    return f"{options.answer} (as the answer)" if options.answer in asked else options.answer
+
+
 def raw_schema(options: "ChoiceOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows: the question's texts, the options, and whether the answer is one of them."""
     import pandera.pandas as pa
@@ -82,9 +90,9 @@ def raw_schema(options: "ChoiceOptions") -> "pa.DataFrameSchema":
             of_rows(partial(_all_differ, options=options), DIFFER),
         ]
     answers = no_wrong(IS_UNICODE, FORM[options.answer_is], INSIDE)
-    texts[options.answer] = pa.Column(nullable=True, checks=[given(), *answers])
     if options.subject is not None:
-        texts[options.subject] = text(optional=True)
+        texts[options.subject] = texts.get(options.subject, words(optional=True))
+    texts[_answer(options)] = pa.Column(nullable=True, checks=[given(), *answers])
     return pa.DataFrameSchema(texts, checks=rows)
 
 
@@ -105,12 +113,14 @@ def normalise(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
         lists = {options.options: _lists(frame[options.options])}
     else:
         texts += [name for name in options.options if name in frame]
-    rows = frame.assign(**{name: worded(frame[name]) for name in texts}, **lists)
+    if options.subject is not None and options.subject not in lists:
+        texts.append(options.subject)
+    rows = replaced(frame, {**{name: worded(frame[name]) for name in texts}, **lists})
     answers = [
         value if is_missing(value) or len(own) < 2 or not _differ(own) else _letter(value, own, options.answer_is)
         for value, own in zip(frame[options.answer], _options(rows, options), strict=True)
     ]
-    return rows.assign(**{options.answer: pd.Series(answers, index=frame.index, dtype=object)})
+    return replaced(rows, {_answer(options): pd.Series(answers, index=frame.index, dtype=object)})
 
 
 def _lists(values: pd.Series) -> pd.Series:
@@ -210,7 +220,7 @@ def prepared_schema() -> "pa.DataFrameSchema":
 
 def hint(failures: pd.DataFrame, options: "ChoiceOptions") -> str | None:
     """Which `answer_is` the rejected answers speak for, or a column of options that no row has."""
-    kind, values = options.answer_is, set(failures.loc[failures["column"] == options.answer, "value"])
+    kind, values = options.answer_is, set(failures.loc[failures["column"] == _answer(options), "value"])
     if not values:
         return None
     other = None
@@ -251,7 +261,7 @@ def _absent(failures: pd.DataFrame, names: list[str]) -> list[str]:
 def to_examples(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, answer (letter), subject (or None), options (their number)."""
     own = _options(frame, options)
-    answers = frame[options.answer].tolist()
+    answers = frame[_answer(options)].tolist()
     subjects = [None] * len(frame) if options.subject is None else frame[options.subject]
     questions = Template.parse(options.question).fill(frame)
     return pd.DataFrame(

@@ -5,6 +5,7 @@ operations; only a chunk with a value of another type is looked at one by one.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,13 +58,21 @@ def as_texts(values: "pd.Series") -> "pyarrow.StringArray":
 
 
 def numbers(values: pd.Series) -> np.ndarray:
-    """A column as float64, NaN where a value is no number; true and false are none."""
+    """A column as float64, NaN where a value is no number; true and false are none; infinite what is too large."""
     kind = pd.api.types.infer_dtype(values, skipna=True)
     if kind in ("integer", "floating", "mixed-integer-float"):
-        return pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
-    real = (int, float, np.integer, np.floating)
-    cells = (float(v) if isinstance(v, real) and not isinstance(v, bool) else np.nan for v in values)
-    return np.fromiter(cells, dtype=np.float64, count=len(values))
+        with suppress(OverflowError):
+            return pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
+    return np.fromiter(map(_as_float, values), dtype=np.float64, count=len(values))
+
+
+def _as_float(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return np.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return np.inf if value > 0 else -np.inf
 
 
 def vector(passes: Callable[[pd.Series], np.ndarray], name: str) -> "pa.Check":

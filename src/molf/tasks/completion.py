@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from molf.tasks.columns import as_list, given, is_missing, joined, prepared, text
-from molf.tasks.generic import Template, Wrong, flaws, no_wrong, schema, ways, with_paths, worded
+from molf.tasks.generic import Template, Wrong, flaws, no_wrong, replaced, schema, ways, with_paths, worded
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -67,7 +67,7 @@ def normalise(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame
     """Numbers, true and false become text, as JSON writes them; conversations lists of {role, content}, or `Wrong`."""
     frame = with_paths(frame, columns(options)[0])
     if options.messages is None:
-        return frame.assign(**{name: worded(_truths(frame[name])) for name in _columns(options)})
+        return replaced(frame, {name: worded(_truths(frame[name])) for name in _columns(options)})
     talks = [value if is_missing(value) else _turns(value) for value in frame[options.messages]]
     # All texts of all conversations at once.
     contents = [(i, turn["content"]) for i, talk in enumerate(talks) if isinstance(talk, list) for turn in talk]
@@ -75,7 +75,7 @@ def normalise(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame
     for (i, content), flaw in zip(contents, found, strict=True):
         if flaw is not None and isinstance(talks[i], list):
             talks[i] = Wrong(f"content {flaw}", content)
-    return frame.assign(**{options.messages: pd.Series(talks, index=frame.index, dtype=object)})
+    return replaced(frame, {options.messages: pd.Series(talks, index=frame.index, dtype=object)})
 
 
 def _truths(values: pd.Series) -> pd.Series:

@@ -12,7 +12,18 @@ import numpy as np
 import pandas as pd
 
 from molf.errors import UserError
-from molf.tasks.columns import CONTROL, IS_TEXT, NOT_EMPTY, as_texts, given, missing, of_rows, text_checks, vector
+from molf.tasks.columns import (
+    CONTROL,
+    IS_TEXT,
+    LOST,
+    NOT_EMPTY,
+    as_texts,
+    given,
+    missing,
+    of_rows,
+    text_checks,
+    vector,
+)
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -40,7 +51,7 @@ class Template:
         """Reads a column's name, or a text with names in braces; doubled braces there are braces of the text.
 
         Raises:
-            UserError: A brace has no partner, or the text has control characters.
+            UserError: A brace has no partner, or the text has characters that no prepared text may have.
         """
         if not any(match.group(1) is not None for match in PART.finditer(written)):
             return cls((written,), ((None, written),), True)
@@ -60,8 +71,11 @@ class Template:
                 )
         pieces.append((written[end:], None))
         text = "".join(text for text, _ in pieces if text)
-        if re.search(CONTROL, text):
-            raise UserError(f"template {written!r} has control characters; a line break is \n, a tab \t in quotes")
+        if re.search(CONTROL, text) or re.search(f"[{LOST}\ud800-\udfff]", text):
+            raise UserError(
+                f"template {written!r} has control characters, or such as stand for lost ones; a line break is "
+                r'"\n" and a tab "\t", in double quotes'
+            )
         columns = dict.fromkeys(column for _, column in pieces if column is not None)
         return cls(tuple(columns), tuple(piece for piece in pieces if piece != ("", None)), False)
 
@@ -138,7 +152,9 @@ def as_worded(value: Any) -> Any:
     """A finite number as text; anything else as it is. True and false are no numbers."""
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
         return value
     return json.dumps(value)
 
@@ -176,7 +192,15 @@ def with_paths(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     """The frame with a column for each name that is no column of it, but a path into one."""
     paths = [name for name in names if name not in frame and root(name) in frame and name != root(name)]
     made = {name: [at(value, name.partition(".")[2]) for value in frame[root(name)]] for name in dict.fromkeys(paths)}
-    return frame.assign(**{name: pd.Series(cells, index=frame.index, dtype=object) for name, cells in made.items()})
+    return replaced(frame, {name: pd.Series(cells, index=frame.index, dtype=object) for name, cells in made.items()})
+
+
+def replaced(frame: pd.DataFrame, columns: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """The frame with other or further columns, whatever their names: pandas' `assign` knows none called `self`."""
+    made = frame.copy(deep=False)
+    for name, values in columns.items():
+        made[name] = values
+    return made
 
 
 @dataclass(frozen=True)

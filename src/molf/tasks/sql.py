@@ -23,7 +23,8 @@ BINARY = "execution_accuracy"
 GRETEL = {"sql_prompt": "question", "sql_context": "context", "sql": "query"}
 SPIDER = ["db_id", "question", "query", "context"]
 SQLITE = "sqlite"  # what it says of a query
-PARSES, RUNS = "query is SQL", "query runs in its context"
+FILLS, PARSES, RUNS = "context runs", "query is SQL", "query runs in its context"
+OF_CONTEXT = "context: "  # begins what the executor says of a context
 SYNTAX = r"syntax error|incomplete input|unrecognized token"
 
 
@@ -46,24 +47,31 @@ def raw_schema(options: "SqlOptions") -> "pa.DataFrameSchema":
     import pandera.pandas as pa
     import pyarrow.compute as pc
 
-    syntax = of_text(lambda said: pc.invert(pc.match_substring_regex(said, SYNTAX)), PARSES)
-    other = of_text(lambda said: pc.match_substring_regex(said, SYNTAX), RUNS)
+    def of_context(said: Any) -> Any:
+        return pc.starts_with(said, OF_CONTEXT)
+
+    def is_syntax(said: Any) -> Any:
+        return pc.match_substring_regex(said, SYNTAX)
+
+    fills = of_text(lambda said: pc.invert(of_context(said)), FILLS)
+    parses = of_text(lambda said: pc.or_(of_context(said), pc.invert(is_syntax(said))), PARSES)
+    runs = of_text(lambda said: pc.or_(of_context(said), is_syntax(said)), RUNS)
     return pa.DataFrameSchema(
         {
             **{name: text(required=False) for name in (*GRETEL, *SPIDER)},
-            SQLITE: pa.Column(nullable=True, required=False, checks=[syntax, other]),
+            SQLITE: pa.Column(nullable=True, required=False, checks=[fills, parses, runs]),
         }
     )
 
 
 def tolerated(options: "SqlOptions") -> frozenset[str]:
-    """The two checks of the query itself, unless it must run."""
-    return frozenset() if options.must_run else frozenset({PARSES, RUNS})
+    """The checks that run the query, unless it must run."""
+    return frozenset() if options.must_run else frozenset({FILLS, PARSES, RUNS})
 
 
 def _spelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows under our names of the columns, whichever set they are of."""
-    return frame.rename(columns=GRETEL) if set(GRETEL) <= set(frame.columns) else frame
+    """The rows under our names of the columns, whichever set they are of; without columns of the other set."""
+    return frame[list(GRETEL)].rename(columns=GRETEL) if set(GRETEL) <= set(frame.columns) else frame
 
 
 def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
@@ -81,7 +89,10 @@ def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
                 said.append(executor.run(context, query, None if file is None else Path(file)).reason)
             else:
                 said.append(None)
-    return frame.assign(**{SQLITE: pd.Series(said, index=frame.index, dtype=object)})
+    # A column of the other set's name is not what that set means by it.
+    other = SPIDER if rows is not frame else GRETEL
+    own = frame.drop(columns=[name for name in other if name in frame])
+    return own.assign(**{SQLITE: pd.Series(said, index=frame.index, dtype=object)})
 
 
 def prepared_schema() -> "pa.DataFrameSchema":
@@ -102,7 +113,7 @@ def to_examples(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
     """
     rows = _spelled(frame)
     own = {name: [value.strip() for value in rows[name]] for name in ("context", "question", "query")}
-    names = [name.strip() for name in rows["db_id"]] if "db_id" in rows and rows is frame else [None] * len(rows)
+    names = [name.strip() for name in rows["db_id"]] if "db_id" in rows else [None] * len(rows)
     files = [_database(options.databases, name) for name in names]
     return pd.DataFrame(
         {
@@ -121,7 +132,10 @@ def _database(folder: str | None, name: str | None) -> str | None:
     if folder is None or name is None or Path(name).name != name:
         return None
     path = Path(folder) / name / f"{name}.sqlite"
-    return str(path) if path.is_file() else None
+    try:
+        return str(path) if path.is_file() else None
+    except OSError:  # no file can have so long a name
+        return None
 
 
 def identity(frame: pd.DataFrame, options: "SqlOptions") -> pd.Series:
