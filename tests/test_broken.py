@@ -296,6 +296,10 @@ FINE: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes]]] = {
         lambda rows: zstandard.compress(whole(rows[:9])) + zstandard.compress(whole(rows[9:])),
     ),
     "a name in capitals": ("ROWS.JSONL", whole),
+    "CSV with semicolons": (
+        "rows.csv",
+        lambda rows: pd.DataFrame(rows).to_csv(index=False, sep=";").encode(),
+    ),
     "gzipped CSV": ("rows.csv.gz", lambda rows: gzip.compress(table(list)(rows))),
     "Parquet": ("rows.parquet", parquet),
     "gzipped Parquet": ("rows.parquet.gz", lambda rows: gzip.compress(parquet(rows))),

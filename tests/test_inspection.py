@@ -586,8 +586,8 @@ def test_without_params_the_page_says_so_and_with_broken_ones_too() -> None:
     assert "params.yaml has mistakes, such as" in looked(QA)[1]
 
 
-def test_a_semicolon_and_no_task_at_all() -> None:
-    Path("rows.csv").write_text("frage;antwort\n" + "\n".join(f"Was ist {i}?;Nichts {i}" for i in range(30)))
+def test_another_separator_and_no_task_at_all() -> None:
+    Path("rows.csv").write_text("frage|antwort\n" + "\n".join(f"Was ist {i}?|Nichts {i}" for i in range(30)))
     assert any("separate its columns by that" in line for line in inspection.inspect("rows.csv", {}).lines)
     assert run(["inspect", "rows.csv", "--yaml"]) == 2
 

@@ -123,7 +123,7 @@ class RowFile:
         if start in UTF_16:
             raise UserError(f"{self.location}: the file is UTF-16; save it as UTF-8")
         if self.format in (".csv", ".tsv"):
-            yield from _csv(self.location, stream, "\t" if self.format == ".tsv" else ",")
+            yield from _csv(self.location, stream, "\t" if self.format == ".tsv" else _comma(stream))
         elif self.format == ".jsonl":
             yield from _json_lines(_lines(stream))
         else:
@@ -411,6 +411,12 @@ class _TableLines:
         self.again.extendleft(reversed(rest))
         self.number -= len(rest)
         return first or ""
+
+
+def _comma(stream: IO[bytes]) -> str:
+    """What parts a table's columns: commas, or semicolons, as spreadsheets write where the comma is in numbers."""
+    header = stream.peek(1)[:65536].split(b"\n", 1)[0]  # type: ignore[attr-defined]
+    return ";" if b";" in header and b"," not in header else ","
 
 
 def _csv(location: str, stream: IO[bytes], delimiter: str) -> Iterator[Row]:

@@ -142,7 +142,7 @@ def refusal(found: Profile) -> list[str]:
             f"{options[2]}, and `{several[0]}` holds lists of letters: questions with several right options are no "
             "task here; keep those with one, or write the letters as one text for kind: completion"
         )
-    separator = next((mark for mark in ";\t|" if len(top) == 1 and mark in next(iter(top))), None)
+    separator = next((mark for mark in "\t|" if len(top) == 1 and mark in next(iter(top))), None)
     if separator is not None:
         said.append(
             f"there is one column, whose name holds {separator!r}: the file seems to separate its columns by that; "
