@@ -198,11 +198,12 @@ def estimate_grid(steps: int | None, as_json: bool) -> None:
     params = load_params()
     lacking(params)
 
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
     from tqdm import tqdm
 
-    from molf import forecast, models
-
-    models.quiet()
+    from molf import forecast
 
     def watch(probes: list[Any]) -> Iterable[Any]:
         return tqdm(probes, desc="timing a few steps", unit="training", disable=None, leave=False)
@@ -271,10 +272,12 @@ def show_lineage(name: str, as_json: bool) -> None:
 
 def export_cell(name: str, directory: Path, merge: bool, force: bool) -> None:
     """Writes a cell's model into a folder."""
-    from molf import lineage, models
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
+    from molf import lineage
     from molf.export import export
 
-    models.quiet()
     print("\n".join(export(lineage.find(name), directory, load_params(), merge, force)))
 
 

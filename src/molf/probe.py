@@ -17,10 +17,12 @@ def run() -> None:
     model, task, method, steps, file = sys.argv[1:]
     params = load_params()
 
-    from molf import batches, models, training
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
+    from molf import batches, training
     from molf.methods import METHODS
 
-    models.quiet()
     block = params.methods[method]
     # The first step compiles and fills caches; it counts as a part of the start.
     budget = params.training_for(task).model_copy(update={"max_steps": int(steps) + 1})

@@ -25,14 +25,16 @@ def run() -> None:
     params = load_params()
     remove_leftovers(but=cell)
 
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
     import pandas as pd
 
-    from molf import cards, closure, lineage, machine, memory, models, tracking
+    from molf import cards, closure, lineage, machine, memory, tracking
     from molf.evaluation import LanguageModel
     from molf.methods import METHODS
     from molf.tasks import TASKS
 
-    models.quiet()
     base, budget = MODELS / cell.model, params.training_for(cell.task)
     block = params.tasks[cell.task]
     data = read_json(PREPARED / cell.task / "summary.json")

@@ -28,6 +28,9 @@ def run() -> None:
 
 def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     """Trains it; of several processes the first alone writes results, logs and speaks."""
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
     from molf import (
         checkpoint,
         closure,
@@ -36,14 +39,12 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         machine,
         memory,
         methods,
-        models,
         resume,
         tracking,
         training,
     )
     from molf.batches import read_examples
 
-    models.quiet()
     base = MODELS / cell.model
     prepared = PREPARED / cell.task
     data = read_json(prepared / "summary.json")
