@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from molf.config import PARAMS, Params, check_params, load_params
+from molf.config import PARAMS, Params, TaskBlock, check_params, load_params
 from molf.errors import UserError, plain
 from molf.inspection import files, findings, page, trial
 from molf.inspection.forms import Guess
@@ -131,28 +131,8 @@ def _inspect(
     named, others = group(train, guess) if len(kept) < 3 else (None, [])
     block = page.block(guess, files.source({split: own[split] for split in own if split in kept}), {}, named)
     block["limits"] = _limits(profiles, kept, guess)
-    checked = trial.checked(params, name, block)
-    tried = trial.attempt(name, checked, raw, folder / "prepared")
-    if any("no row is left" in line for line in tried.stopped):
-        # Rows of one template are all near copies of each other, so that none may lie beside another's split.
-        block["duplicates"]["similarity"] = None
-        checked = trial.checked(params, name, block)
-        tried = trial.attempt(name, checked, raw, folder / "prepared")
-        if tried.summary is not None:
-            guess.notes.append(
-                "the rows seem to be of one template: each is a near copy of others, and with similarity: 0.85 no "
-                "split would be left; with similarity: null only equal rows are copies"
-            )
-    if guess.kind == "sql":
-        _loosen(guess, block, tried)
-    lines += ["", f"guess: {guess.kind}, because"]
-    lines += [f"  - {plain(text)}" for text in guess.reasons]
-    lines += [f"  note: {plain(text)}" for text in guess.notes]
-    unused = [column for column in train.top if column not in {c.split(".")[0] for c in guess.columns()}]
-    if unused:
-        lines.append(f"  not used: {', '.join(map(plain, unused))}")
-    if len(may) > 1:
-        lines += [f"  also possible: --kind {other.kind}: {plain(other.reasons[0])}" for other in may[1:]]
+    checked, tried = _tried(guess, name, block, params, folder)
+    lines += ["", *_because(guess, may[1:], train)]
     wrong = []
     if tried.first is not None:
         lines += ["", "the first row as the model sees it:", *page.example(tried.first, width)]
@@ -160,7 +140,7 @@ def _inspect(
         wrong += ["prepare will stop:", *(f"    {line.strip()}" for line in tried.stopped)]
     else:
         wrong += findings.of_rows(tried.summary, checked.max_rejected)
-        more, about = _lengths(tried, params, checked, name, guess.kind, model or params.grid.models[0], width)
+        more, about = _lengths(tried, params, name, guess.kind, model or params.grid.models[0], width)
         lines += ["", *more]
         wrong += about
     used = [column for column in train.columns if column in guess.columns() or column == guess.answer]
@@ -171,6 +151,40 @@ def _inspect(
     result = Found(profiles, guess, may[1:], name, block, lines)
     lines += ["", *_next(result, mistaken, location)]
     return result
+
+
+def _tried(
+    guess: Guess, name: str, block: dict[str, Any], params: Params, folder: Path
+) -> tuple[TaskBlock, trial.Trial]:
+    """What `prepare` makes of the block, which is mended where it would leave nothing, and the guess told so."""
+    checked = trial.checked(params, name, block)
+    tried = trial.attempt(name, checked, folder / "raw", folder / "prepared")
+    if any("no row is left" in line for line in tried.stopped):
+        # Rows of one template are all near copies of each other, so that none may lie beside another's split.
+        block["duplicates"]["similarity"] = None
+        checked = trial.checked(params, name, block)
+        tried = trial.attempt(name, checked, folder / "raw", folder / "prepared")
+        if tried.summary is not None:
+            guess.notes.append(
+                "the rows seem to be of one template: each is a near copy of others, and with similarity: 0.85 no "
+                "split would be left; with similarity: null only equal rows are copies"
+            )
+    if guess.kind == "sql":
+        _loosen(guess, block, tried)
+    return checked, tried
+
+
+def _because(guess: Guess, others: list[Guess], train: Profile) -> list[str]:
+    """The guess with its reasons, and what else it may be."""
+    used = {column.split(".")[0] for column in guess.columns()}
+    unused = [column for column in train.top if column not in used]
+    return [
+        f"guess: {guess.kind}, because",
+        *(f"  - {plain(text)}" for text in guess.reasons),
+        *(f"  note: {plain(text)}" for text in guess.notes),
+        *([f"  not used: {', '.join(map(plain, unused))}"] if unused else []),
+        *(f"  also possible: --kind {other.kind}: {plain(other.reasons[0])}" for other in others),
+    ]
 
 
 def _said(title: str, texts: list[str]) -> list[str]:
@@ -217,7 +231,7 @@ def _loosen(guess: Guess, block: dict[str, Any], tried: trial.Trial) -> None:
 
 
 def _lengths(
-    tried: trial.Trial, params: Params, checked: Any, name: str, kind: str, model: str, width: int
+    tried: trial.Trial, params: Params, name: str, kind: str, model: str, width: int
 ) -> tuple[list[str], list[str]]:
     """The histogram, and what is too long."""
     max_length = params.training.max_length

@@ -176,7 +176,9 @@ def group(found: Profile, guess: Guess) -> tuple[str | None, list[str]]:
     asked = guess.options.get("prompt") or guess.options.get("question") or ""
     alone = re.findall(r"\{([^{}]+)\}", asked) or [asked]
     alone = alone if len(alone) == 1 else []  # equal prompts stay together anyway
-    names = {name for name in found.top if name not in {guess.answer, *alone} and plain(name) not in SUBJECTS}
+    own = guess.options.get("options") or []
+    apart = {guess.answer, *alone, *([own] if isinstance(own, str) else own)}
+    names = {name for name in found.top if name not in apart and plain(name) not in SUBJECTS}
     may = []
     for name in sorted(names, key=lambda name: GROUPS.index(plain(name)) if plain(name) in GROUPS else len(GROUPS)):
         column = found.columns[name]
