@@ -17,6 +17,7 @@ from molf.config import TaskBlock, check_params, read_yaml
 from molf.errors import UserError
 from molf.paths import read_json, write_json
 from molf.placing import SPLITS
+from molf.tasks import med
 
 ROOT = Path(__file__).parents[1]
 
@@ -253,8 +254,36 @@ def test_more_generated_rows_than_there_are_is_a_message(tmp_path: Path) -> None
 
 def test_no_row_left_for_a_split_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", med_rows(2))
-    with pytest.raises(UserError, match="no row is left for"):
+    with pytest.raises(
+        UserError, match=r"left for train: of its 2 rows 0 are rejected, .* the other splits take the rest"
+    ):
         run("med", file_block("med", path), tmp_path)
+    write_jsonl(path, [row | {"author": 7} for row in med_rows(30)])
+    one = {"validation": 0.1, "test": 0.1, "seed": 0, "group": "author"}
+    with pytest.raises(
+        UserError, match=r"which is cut off the train rows, where equal prompts, a group, .* split.group"
+    ):
+        run("med", file_block("med", path, split=one), tmp_path)
+    with pytest.raises(UserError, match=r"tasks.med.split.validation: 0 leaves no row for validation"):
+        run("med", file_block("med", path, split=one | {"validation": 0.0, "group": None}), tmp_path)
+    write_jsonl(tmp_path / "test.jsonl", [row | {"cop": 9} for row in med_rows(2)])
+    source = {"kind": "file", "path": str(tmp_path), "files": {"train": "rows.jsonl", "test": "test.jsonl"}}
+    with pytest.raises(UserError, match=r"left for test: of its 2 rows 2 are rejected, 0 equal others"):
+        run("med", block("med", source=source, max_rejected=0.1), tmp_path)
+
+
+def test_columns_that_no_task_asks_for_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row | {f"note {i}": i} for i, row in enumerate(med_rows(30))]
+    seen: list[list[str]] = []
+    normalise = med.normalise
+
+    def noting(frame: pd.DataFrame, options: Any) -> pd.DataFrame:
+        seen.append(frame.columns.tolist())
+        return normalise(frame, options)
+
+    monkeypatch.setattr(med, "normalise", noting)
+    run("med", file_block("med", write_jsonl(tmp_path / "rows.jsonl", rows)), tmp_path)
+    assert [set(columns) for columns in seen] == [{"question", *med.OPTIONS, "cop", "subject_name"}]
 
 
 def test_queries_that_name_databases_need_them(tmp_path: Path) -> None:

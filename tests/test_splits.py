@@ -122,8 +122,45 @@ def test_copies_across_splits_fail_leave_or_stay_as_the_block_says(tmp_path: Pat
     assert sum(leak["near"] for leak in exact["leaks"]) == 0 and exact["rows"]["train"]["near_duplicates"] == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_copy_in_two_given_splits_fails_whichever_row_the_third_one_takes(seed: int, tmp_path: Path) -> None:
+    made = long_rows(30)
+    source = two_files(tmp_path, made[:20], [made[0], *made[20:]])
+    source["files"]["validation"] = source["files"].pop("test")
+    rule = {"validation": 0.1, "test": 0.5, "seed": seed, "group": None}
+    task = block("med", source=source, split=rule, duplicates={"similarity": None, "across": "fail"})
+    with pytest.raises(UserError, match=r"(train|validation) rows also in (validation|test): 1 with an equal prompt"):
+        run("med", task, tmp_path)
+
+
+@pytest.mark.parametrize("across", ["drop", "keep"])
+@pytest.mark.parametrize("given", [(), ("validation",), ("test",), ("validation", "test")])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_every_row_of_the_source_is_accounted_for(
+    across: str, given: tuple[str, ...], limit: int | None, tmp_path: Path
+) -> None:
+    made = long_rows(60)
+    near = made[50] | {"question": made[50]["question"] + "?"}
+    files = {"train": [*made[:36], made[0], made[45], near, made[1] | {"cop": 9}]}
+    files |= {"validation": [*made[36:46], made[55]], "test": [*made[46:], made[36]]}
+    files = {split: rows for split, rows in files.items() if split in ("train", *given)}
+    for split, rows in files.items():
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    source = {"kind": "file", "path": str(tmp_path), "files": {split: f"{split}.jsonl" for split in files}}
+    rule = {"similarity": 0.8, "across": across}
+    limits = dict.fromkeys(SPLITS, limit)
+    summary = run("med", block("med", source=source, duplicates=rule, limits=limits, max_rejected=0.1), tmp_path)
+    kept = [set(frame(tmp_path, split)["example_id"]) for split in SPLITS]
+    assert len(set().union(*kept)) == sum(map(len, kept)), "no row lies in two splits"
+    counts = summary["rows"].values()
+    gone = sum(count[why] for count in counts for why in ("rejected", "duplicates", "dropped", "limited"))
+    assert sum(count["raw"] for count in counts) == sum(map(len, files.values())) == sum(map(len, kept)) + gone
+    assert [summary["rows"][split]["kept"] for split in SPLITS] == [len(ids) for ids in kept]
+
+
 def test_a_group_lies_on_one_side(tmp_path: Path) -> None:
-    made = [row | {"author": i % 12 if i % 5 else None} for i, row in enumerate(long_rows(120))]
+    nobody = [None, "", " ", float("nan")]
+    made = [row | {"author": i % 12 if i % 5 else nobody[i // 5 % 4]} for i, row in enumerate(long_rows(120))]
     path = write_jsonl(tmp_path / "rows.jsonl", made)
     rule = {"validation": 0.2, "test": 0.2, "seed": 3, "group": "author"}
     source = {"kind": "file", "path": str(path)}
@@ -135,7 +172,7 @@ def test_a_group_lies_on_one_side(tmp_path: Path) -> None:
         sizes[split] = len(table)
         for name in table["example_id"]:
             author = made[int(name.split("-")[1]) - 1]["author"]
-            if author is not None:
+            if isinstance(author, int):
                 sides.setdefault(author, set()).add(split)
     assert all(len(where) == 1 for where in sides.values()) and len(sides) == 12
     assert sizes["validation"] == sizes["test"] == 24 and sizes["train"] == 72

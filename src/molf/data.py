@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
         counts[split] = {"raw": total, "rejected": len(places), "duplicates": len(doubled), "near_duplicates": 0}
     failures = pd.concat(bad, ignore_index=True)
     write_parquet(directory / "rejected.parquet", failures.loc[failures["rejected"], REJECTED])
-    _refuse_many(name, block, failures, counts, pools, directory)
+    _refuse_many(name, block, failures, counts, source, directory)
     placed = Placing(name, block, pools)
     for split, near in placed.near_inside().items():
         counts[split]["near_duplicates"] = near
@@ -77,12 +78,12 @@ def prepare(name: str, block: TaskBlock, raw: Path, directory: Path) -> dict[str
     for split in SPLITS:
         table = placed.table(split)
         if not len(table):
-            raise UserError(f"tasks.{name}: no row is left for {split}; give it rows or a smaller limit to the others")
+            raise UserError(_nothing_left(name, split, counts, placed.left_out[split]["dropped"]))
         table = _own_databases(table, directory, name)
         _write(directory / f"{split}.parquet", table, TASKS[block.kind], digest, split)
         described["answers"][split], described["lengths"][split] = _answers(table), _lengths(table)
         counts.setdefault(split, dict.fromkeys(("raw", "rejected", "duplicates", "near_duplicates"), 0))
-        counts[split]["kept"] = len(table)
+        counts[split] |= {**placed.left_out[split], "kept": len(table)}
     _add_databases(digest, directory)
     summary = {
         "task": name,
@@ -107,6 +108,20 @@ def _require_group(name: str, block: TaskBlock, source: dict[str, Any]) -> None:
         raise UserError(f"tasks.{name}.split.group: the train rows have no column {group}; there is {', '.join(there)}")
 
 
+def _nothing_left(name: str, split: str, counts: dict[str, dict[str, int]], dropped: int) -> str:
+    own, said = counts.get(split), f"tasks.{name}: no row is left for {split}"
+    if own is None:
+        return (
+            f"{said}, which is cut off the train rows, where equal prompts, a group, and near copies stay together; "
+            f"give it a file of its own, give train more rows, or change limits.{split} or split.group"
+        )
+    gone = (
+        f"{own['rejected']:,} are rejected, {own['duplicates']:,} equal others, {dropped:,} are copies of other splits'"
+    )
+    taken = ", and the other splits take the rest; give them smaller limits or shares, or" if split == "train" else ";"
+    return f"{said}: of its {own['raw']:,} rows {gone}{taken} give it more rows"
+
+
 # --- reading and checking ------------------------------------------------------------------------------------------
 
 
@@ -121,6 +136,8 @@ def _read(
     file = pq.ParquetFile(raw / f"{split}.parquet")
     several = len(source["files"][split]) > 1
     schema, tolerated = task.raw_schema(options), task.tolerated(options)
+    # A row may bring any number of columns that no task asks for.
+    asked = {*chain(*task.columns(options)), *schema.columns, *(name.partition(".")[0] for name in schema.columns)}
     tables: list[pa.Table] = []
     arrays: dict[str, list[np.ndarray]] = {"keys": [], "prompts": [], "groups": []}
     signatures, signed = None, 0
@@ -141,6 +158,7 @@ def _read(
             columns = {
                 column: pd.Series([record.get(column) for record in records], index=rows.index, dtype=object)
                 for column in source["columns"][split]
+                if column in asked
             }
             flat = task.normalise(pd.DataFrame(columns), options)
             failed = _failures(schema, flat)
@@ -197,8 +215,10 @@ def _marked(value: Any) -> Any:
 
 
 def _group(value: object) -> str:
-    """A group's name as text; what is missing has none."""
-    return "" if is_missing(value) else json.dumps(value, sort_keys=True, default=str)
+    """A group's name as text; what is missing or blank has none."""
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
+        return ""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _unread(split: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -279,11 +299,11 @@ def _refuse_many(
     block: TaskBlock,
     failures: pd.DataFrame,
     counts: dict[str, dict[str, int]],
-    pools: dict[str, Pool],
+    source: dict[str, Any],
     directory: Path,
 ) -> None:
     rows, bad = sum(count["raw"] for count in counts.values()), sum(count["rejected"] for count in counts.values())
-    if bad <= block.max_rejected * rows and any(len(pool.examples) for pool in pools.values()):
+    if bad / rows <= block.max_rejected and bad < rows:
         return
     lines = [
         f"tasks.{name}: {bad:,} of {rows:,} rows are rejected ({bad / rows:.1%}), "
@@ -293,6 +313,8 @@ def _refuse_many(
     for reason in _reasons(rejected):
         first = reason["first"]
         shown = f" ({first['value']!r})" if first["value"] and reason["column"] != WHOLE_ROW else ""
+        files = source["files"][reason["split"]]
+        shown += f" of {files[first['file']]['from']}" if len(files) > 1 else ""
         lines.append(
             f"    {reason['split']}, {reason['column']}: {reason['check']}: {reason['rows']:,} rows, "
             f"first row {first['source_row']}{shown}"
@@ -444,7 +466,8 @@ def describe(summary: dict[str, Any]) -> str:
             continue
         lines.append(
             f"  {split}: {count['kept']:,} of {count['raw']:,} raw; {count['rejected']:,} rejected, "
-            f"{count['duplicates']:,} equal copies left out, {count['near_duplicates']:,} near copies kept"
+            f"{count['duplicates']:,} equal copies left out, {count['near_duplicates']:,} near copies kept, "
+            f"{count['dropped']:,} copies of other splits left out, {count['limited']:,} over the limit"
         )
     lines += [
         f"  rejected: {reason['split']}, {reason['column']}: {reason['check']}: {reason['rows']:,}"

@@ -80,6 +80,7 @@ class Placing:
 
     Attributes:
         leaks: What summary.json says of copies across splits.
+        left_out: {split: {dropped, limited}}: rows that left it as copies of another split's, and over its limit.
     """
 
     def __init__(self, name: str, block: TaskBlock, pools: dict[str, Pool]) -> None:
@@ -95,6 +96,7 @@ class Placing:
         self.paired = np.zeros(sum(sizes), dtype=bool)
         self.paired[self.left] = self.paired[self.right] = True
         self.leaks: list[dict[str, Any]] = []
+        self.left_out = {split: {"dropped": 0, "limited": 0} for split in SPLITS}
         self._refused: list[tuple[str, str, splits.Leak]] = []
         self.chosen = self._facts() if block.kind == "fact" else self._splits()
         self.rows = replace(self.rows, signatures=None)  # the largest part of all, and of no use any more
@@ -119,8 +121,15 @@ class Placing:
 
     def _cut(self, pool: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Cuts rows off a pool for a split that the source lacks: as many as its limit or share says."""
-        share = getattr(self.block.split, split)
-        count = getattr(self.block.limits, split) or max(1, int(len(self.pools["train"].examples) * share))
+        share, count = getattr(self.block.split, split), getattr(self.block.limits, split)
+        if count is None:
+            if not share:
+                raise UserError(
+                    f"tasks.{self.name}.split.{split}: 0 leaves no row for {split}, which the source lacks too; set a "
+                    f"share such as 0.1, or limits.{split}, or give it rows of its own"
+                )
+            # Of 100 rows 0.29 are 29, though their product is a little less.
+            count = max(1, int(round(len(self.pools["train"].examples) * share, 6)))
         labels = splits.units(self.rows, self.left, self.right, count)
         part = splits.cut(labels[pool], count, self.block.split.seed + SPLITS.index(split))
         return pool[part], pool[~part]
@@ -130,6 +139,7 @@ class Placing:
         limit = getattr(self.block.limits, split)
         if limit is None or limit >= len(rows):
             return np.sort(rows)
+        self.left_out[split]["limited"] = len(rows) - limit
         return np.sort(np.random.default_rng(self.block.split.seed).choice(rows, limit, replace=False))
 
     def _facts(self) -> dict[str, np.ndarray]:
@@ -149,41 +159,47 @@ class Placing:
         facts = self._limited(pool, "train")
         seen = np.isin(self.rows.prompt[others], self.rows.prompt[facts])
         self._note("validation", "train", splits.leak(self.rows, self.paired, others[seen], facts), dropped=True)
+        self.left_out["validation"]["dropped"] = int(seen.sum())
         return {"train": facts, "validation": self._limited(others[~seen], "validation"), "test": facts}
 
     def _splits(self) -> dict[str, np.ndarray]:
         pool = self._of("train")
-        cut: set[str] = set()
         parts: dict[str, np.ndarray] = {}
         for split in ("test", "validation"):
             if split in self.pools:
                 parts[split] = self._of(split)
             else:
                 parts[split], pool = self._cut(pool, split)
-                cut.add(split)
         parts["test"] = self._limited(parts["test"], "test")
-        parts["validation"] = self._apart("validation", parts["validation"], {"test": parts["test"]}, cut)
+        parts["validation"] = self._apart("validation", parts["validation"], {"test": parts["test"]})
         parts["validation"] = self._limited(parts["validation"], "validation")
         others = {split: parts[split] for split in ("test", "validation")}
-        parts["train"] = self._limited(self._apart("train", pool, others, cut), "train")
+        parts["train"] = self._limited(self._apart("train", pool, others), "train")
         return parts
 
-    def _apart(self, split: str, rows: np.ndarray, others: dict[str, np.ndarray], cut: set[str]) -> np.ndarray:
+    def _apart(self, split: str, rows: np.ndarray, others: dict[str, np.ndarray]) -> np.ndarray:
         """The rows of which the other splits hold no copy, or all where copies are kept.
 
-        What was cut here is no mistake of the source, so its few copies, of chains too long for one side, just leave.
+        What was cut off the same rows is no mistake of the source, so its few copies, of chains too long for one side,
+        just leave.
         """
         across = self.block.duplicates.across
         gone = []
         for of, theirs in others.items():
             found = splits.leak(self.rows, self.paired, rows, theirs)
-            dropped = across == "drop" or (across == "fail" and bool(cut & {split, of}))
+            dropped = across == "drop" or (across == "fail" and self._source(split) == self._source(of))
             self._note(split, of, found, dropped)
             if dropped:
                 gone.append(found.rows)
             elif across == "fail" and len(found.rows):
                 self._refused.append((split, of, found))
-        return np.setdiff1d(rows, np.concatenate(gone)) if gone else rows
+        apart = np.setdiff1d(rows, np.concatenate(gone)) if gone else rows
+        self.left_out[split]["dropped"] = len(rows) - len(apart)
+        return apart
+
+    def _source(self, split: str) -> str:
+        """The split of the source off which a split is."""
+        return split if split in self.pools else "train"
 
     def _note(self, split: str, of: str, found: splits.Leak, dropped: bool) -> None:
         if len(found.rows):

@@ -10,6 +10,8 @@ COUNTS = {  # of summary.json's rows, and what stands above the column
     "rejected": "rejected",
     "duplicates": "equal copies left out",
     "near_duplicates": "near copies",
+    "dropped": "copies of other splits left out",
+    "limited": "over the limit",
 }
 HASH = 12  # hexadecimal digits that a table shows of a sha256
 
@@ -100,7 +102,7 @@ def leaked(data: Mapping[str, Any]) -> tuple[int, int]:
 
 def _counts(split: str, row: Mapping[str, int]) -> list[str]:
     if not row.get("raw"):  # the source has no such split
-        return [split, "of train", f"{row.get('kept', 0):,}", "", "", ""]
+        return [split, "of train", *(f"{row[key]:,}" if row.get(key) else "" for key in list(COUNTS)[1:])]
     return [split, *(f"{row[key]:,}" if key in row else "" for key in COUNTS)]
 
 
