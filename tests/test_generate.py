@@ -11,7 +11,7 @@ from molf.tasks import TASKS, fact, med
 COUNTS = {"train": 60, "validation": 12, "test": 24}
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", generate.MAKERS)
 def test_rows_are_as_many_as_asked_differ_and_repeat_by_seed(kind: str) -> None:
     made = generate.rows(kind, COUNTS, 3)
     assert {split: len(rows) for split, rows in made.items()} == COUNTS
@@ -26,6 +26,12 @@ def test_more_rows_than_the_world_has_is_an_error_with_the_number(kind: str, the
     generate.rows(kind, {"train": there}, 0)
     with pytest.raises(ValueError, match=f"{there + 1} generated {kind} rows .* has {there}"):
         generate.rows(kind, {"train": there + 1}, 0)
+
+
+def test_a_kind_without_a_generator_is_named() -> None:
+    assert {*generate.MAKERS} < {*TASKS}
+    with pytest.raises(ValueError, match="of kind sql, med, fact only, not of choice; name a file"):
+        generate.rows("choice", COUNTS, 0)
 
 
 def test_facts_have_true_neighbours_that_are_never_edited() -> None:

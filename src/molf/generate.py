@@ -195,8 +195,10 @@ def rows(kind: str, rows: dict[str, int], seed: int) -> dict[str, list[dict[str,
         {split: rows}; no row stands twice.
 
     Raises:
-        ValueError: More rows are asked for than the world has.
+        ValueError: More rows are asked for than the world has, or rows of another kind.
     """
+    if kind not in MAKERS:
+        raise ValueError(f"there are generated rows of kind {', '.join(MAKERS)} only, not of {kind}; name a file")
     return MAKERS[kind](dict(rows), random.Random(f"{kind} {seed}"))
 
 
