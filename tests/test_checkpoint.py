@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from molf import checkpoint
 from molf.checkpoint import DTYPES, CheckpointError, Checkpoints, Part, TensorFiles, differences, part, write_tensors
-from molf.models import file_hash
+from molf.paths import file_hash
 
 IDENTITY = {"method": {"kind": "fft", "learning_rate": 0.1}, "data": "d0"}
 

@@ -13,10 +13,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from molf import data, generate, raw, sources
-from molf.config import TaskBlock, check_params, read_yaml
+from molf.config import SPLITS, TaskBlock, check_params, read_yaml
 from molf.errors import UserError
 from molf.paths import read_json, write_json
-from molf.placing import SPLITS
 from molf.tasks import med
 
 ROOT = Path(__file__).parents[1]

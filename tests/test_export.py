@@ -21,8 +21,8 @@ from molf.cli import run
 from molf.config import load_params
 from molf.errors import RunError, UserError
 from molf.methods import ADAPTERS, METHODS
-from molf.models import file_hash, folder_hash, load_tokenizer
-from molf.paths import Cell, read_json, write_json
+from molf.models import folder_hash, load_tokenizer
+from molf.paths import Cell, file_hash, read_json, write_json
 from tests.conftest import QUIET
 
 ALL = ("fft", "lora", "molf", "molf-e")

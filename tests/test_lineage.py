@@ -14,8 +14,8 @@ import pytest
 from molf.cli import run
 from molf.config import fingerprint, load_params
 from molf.lineage import Chain, State, find, plain, render, trace
-from molf.models import file_hash, folder_hash
-from molf.paths import read_json, write_json, write_parquet
+from molf.models import folder_hash
+from molf.paths import file_hash, read_json, write_json, write_parquet
 
 CELL = "tiny/fact/molf/seed-0"
 TRAIN, EVALUATION = Path("results") / CELL / "train", Path("results") / CELL / "evaluation"

@@ -18,8 +18,7 @@ from molf import tracking
 from molf.config import Params
 from molf.errors import RunError, UserError
 from molf.mlflow_store import Store, _history_rows, data_source, flatten
-from molf.models import file_hash
-from molf.paths import Cell, read_json, write_json
+from molf.paths import Cell, file_hash, read_json, write_json
 from molf.report import comparison, figures, page
 from tests.report import fake
 

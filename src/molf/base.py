@@ -7,9 +7,9 @@ from typing import Any
 
 from molf import memory
 from molf.config import SHA, GgufModel, HubModel, ModelBlock, PathModel, TinyModel
-from molf.errors import UserError
-from molf.models import INFO, check_folder, file_hash, first_line, load_model, weight_dtype
-from molf.paths import write_json
+from molf.errors import UserError, first_line
+from molf.models import INFO, check_folder, load_model, weight_dtype
+from molf.paths import file_hash, write_json
 from molf.sources import pinned
 
 # What a model folder may hold. Pickled weights and code are never copied in.

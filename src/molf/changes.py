@@ -15,13 +15,13 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq
 
-from molf.errors import UserError, plain
+from molf.config import SPLITS
+from molf.errors import UserError, first_line, plain
 from molf.paths import PREPARED, RAW
 from molf.rowdiff import Rows, compare_tables, unread_rows
 
 WIDTH = 100  # characters of a shown value
 KINDS = {"raw": RAW, "prepared": PREPARED}
-SPLITS = ("train", "validation", "test")
 REJECTED = "rejected.parquet"
 STATES = {"same": "no change", "new": "made since", "gone": "gone", "none": "not made, then or now"}
 
@@ -146,8 +146,7 @@ class Revision:
             return Unavailable(
                 f"{here}, nor in the remote {self._remote}: who made it types `dvc push --all-commits`, then `{fetch}`"
             )
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        return Unavailable(f"{here} and the remote {self._remote} cannot be read ({why}): then `{fetch}`")
+        return Unavailable(f"{here} and the remote {self._remote} cannot be read ({first_line(error)}): then `{fetch}`")
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------

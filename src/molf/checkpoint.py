@@ -22,7 +22,7 @@ from torch import Tensor
 
 from molf.collective import agreed, barrier, gathered, rank
 from molf.errors import RunError
-from molf.models import file_hash
+from molf.paths import file_hash
 
 STATE = "state.json"
 OWN = "own."  # begins the names of what each process keeps for itself, such as its random state

@@ -13,11 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
+from molf.config import PARAMS, SOURCES_LOCK, NewTokens, Params, load_params
 from molf.errors import RunError, UserError, main
 from molf.paths import REPORTS, own_tools, read_json
-
-KINDS = ("completion", "choice", "sql", "med", "fact")
 
 
 def entry() -> None:
@@ -42,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     look.add_argument(
         "--split-of", action="append", default=[], metavar="SPLIT=FILE", help="the file of validation or test"
     )
-    look.add_argument("--kind", choices=KINDS, help="the task's kind, if the guess is wrong")
+    look.add_argument("--kind", choices=list(NewTokens.model_fields), help="the task's kind, if the guess is wrong")
     look.add_argument("--model", help="whose tokens are counted (default: the grid's first)")
     look.add_argument("--rows", type=int, default=3, metavar="N", help="first rows to print (default 3)")
     look.add_argument("--first", type=int, metavar="N", help="look at the first N rows of each file only")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -114,6 +114,7 @@ ModelBlock = Annotated[TinyModel | PathModel | GgufModel | HubModel, Field(discr
 # --- tasks ---------------------------------------------------------------------------------------------------------
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
 Names = str | Annotated[list[str], Field(min_length=1)]
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from molf import copies
-from molf.config import TaskBlock
+from molf.config import SPLITS, TaskBlock
 from molf.errors import UserError, plain
 from molf.paths import atomic, read_json, write_json, write_parquet
-from molf.placing import SPLITS, Placing, Pool, once
+from molf.placing import Placing, Pool, once
 from molf.tasks import TASKS, Task
 from molf.tasks.columns import NotUnicode, is_missing
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from molf.errors import UserError
-from molf.models import first_line
+from molf.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

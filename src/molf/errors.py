@@ -38,6 +38,11 @@ def _lines(text: object) -> str:
     return "\n".join(map(plain, str(text).split("\n")))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def main(function: Callable[[], None]) -> int:
     """Runs a command's body and turns the two errors above into a message and an exit code.
 

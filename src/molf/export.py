@@ -9,7 +9,7 @@ from molf import cards, memory, models
 from molf.config import Params
 from molf.errors import RunError, UserError
 from molf.lineage import describe_model
-from molf.paths import BASE_METHOD, MODELS, OUTPUTS, Cell, read_json, write_json, write_text
+from molf.paths import BASE_METHOD, MODELS, OUTPUTS, Cell, file_hash, read_json, write_json, write_text
 from molf.report.markdown import literal
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _written(directory: Path, force: bool) -> set[str]:
     edited = [
         name
         for name, digest in written.items()
-        if (directory / name).is_file() and models.file_hash(directory / name) != digest
+        if (directory / name).is_file() and file_hash(directory / name) != digest
     ]
     if edited:
         raise UserError(
@@ -293,7 +293,7 @@ def _write_manifest(made: cards.Made, temporary: Path, merge: bool) -> None:
         "fingerprint": made.run["fingerprint"],
         "weights": made.summary["lineage"]["weights"]["hash"],
         "merged": made.adapter and merge,
-        "files": {path.name: models.file_hash(path) for path in sorted(temporary.iterdir())},
+        "files": {path.name: file_hash(path) for path in sorted(temporary.iterdir())},
     }
     write_json(temporary / MANIFEST, manifest)
 

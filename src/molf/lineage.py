@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from molf import closure, errors, models, tracking
-from molf.config import PARAMS, Params, cell_config, fingerprint, untrained_fingerprint
-from molf.errors import RunError, UserError
-from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, read_json
+from molf.config import PARAMS, SPLITS, Params, cell_config, fingerprint, untrained_fingerprint
+from molf.errors import RunError, UserError, first_line
+from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash, read_json
 from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
@@ -88,7 +88,7 @@ def of_training(
     cell = Cell(**record["cell"])
     return {
         "weights": {"path": str(cell.weights), "hash": models.folder_hash(weights), "kept": kept},
-        "records": {path.name: models.file_hash(path) for path in sorted(results.glob("*.parquet"))},
+        "records": {path.name: file_hash(path) for path in sorted(results.glob("*.parquet"))},
         "params": {"path": str(PARAMS), "hash": fingerprint(record["config"])},
         "data": {
             "path": str(PREPARED / cell.task),
@@ -126,9 +126,9 @@ def of_evaluation(
     train = cell.results / "train"
     told = [train / name for name in RECORDS]
     return {
-        "predictions": {"path": str(predictions), "sha256": models.file_hash(predictions)},
+        "predictions": {"path": str(predictions), "sha256": file_hash(predictions)},
         "weights": {"hash": weights_hash},
-        "training": {path.name: models.file_hash(path) for path in told if path.is_file()},
+        "training": {path.name: file_hash(path) for path in told if path.is_file()},
         "data": {"path": str(PREPARED / cell.task), "hash": data["data_hash"], "files": {"test.parquet": asked}},
         "source": data["source"],
         "model": {"path": str(MODELS / cell.model), **model},
@@ -295,7 +295,7 @@ def _recomputed(metrics: Mapping[str, Any], path: Path) -> Link:
         rows = pd.read_parquet(path)
         again = TASKS[metrics["task_kind"]].metrics(rows)
     except (KeyError, TypeError, ValueError, OSError, RunError) as error:  # pyarrow's are of these
-        return Link("score", value, "", State.DIFFERS, f"the rows give none: {models.first_line(error)}")
+        return Link("score", value, "", State.DIFFERS, f"the rows give none: {first_line(error)}")
     told = {**{key: metrics[key] for key in ("primary", "primary_name", "n", "left_out")}, **metrics["metrics"]}
     wrong = [f"{key} {again.get(key)}, not {shown}" for key, shown in told.items() if not _alike(again.get(key), shown)]
     value += f" from {len(rows)} prediction rows"
@@ -378,7 +378,7 @@ def describe_model(model: Mapping[str, Any]) -> str:
 
 def _data(cell: Cell, recorded: str, blocks: Iterable[Mapping[str, Any]]) -> list[Link]:
     """The prepared data's hash, and the files that were read of it."""
-    from molf.data import SPLITS, data_hash
+    from molf.data import data_hash
 
     folder = PREPARED / cell.task
     if any(not (folder / f"{split}.parquet").is_file() for split in SPLITS):
@@ -386,7 +386,7 @@ def _data(cell: Cell, recorded: str, blocks: Iterable[Mapping[str, Any]]) -> lis
     try:
         now = f"have {data_hash(folder)}"
     except (ValueError, OSError) as error:  # pyarrow's errors are of these
-        now = f"cannot be read: {models.first_line(error)}"
+        now = f"cannot be read: {first_line(error)}"
     links = [_compared("data", f"hash {recorded}", str(folder), now == f"have {recorded}", f"the rows here {now}")]
     for block in blocks:
         for name, digest in block.get("data", {}).get("files", {}).items():
@@ -418,7 +418,7 @@ def _source(task: str, source: Mapping[str, Any] | None) -> list[Link]:
 def _files(name: str, files: list[tuple[Path, str]]) -> Link:
     """Several files as one link, which names those that are not as they were."""
     here = [(path, digest) for path, digest in files if path.is_file()]
-    wrong = [str(path) for path, digest in here if models.file_hash(path) != digest]
+    wrong = [str(path) for path, digest in here if file_hash(path) != digest]
     value = f"sha256 {files[0][1]}" if len(files) == 1 else f"{len(files)} files with their sha256"
     place = str(files[0][0]) if len(files) == 1 else str(files[0][0].parent)
     if wrong:
@@ -468,7 +468,7 @@ def _file(name: str, path: Path, recorded: str | None) -> Link:
         return Link(name, "sha256 unknown", str(path), State.UNCHECKED, UNNOTED)
     if not path.is_file():
         return _away(name, f"sha256 {recorded}", path)
-    now = models.file_hash(path)
+    now = file_hash(path)
     return _compared(name, f"sha256 {recorded}", str(path), now == recorded, f"the file here has {now}")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from molf.config import MethodBlock, Training
-from molf.errors import RunError
-from molf.models import first_line, ran_out
+from molf.errors import RunError, first_line
+from molf.models import ran_out
 
 
 def advice(training: Training, shared: str | None = None, fsdp_helps: bool = True) -> str:

@@ -12,8 +12,8 @@ from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molf.errors import UserError
-from molf.paths import read_json
+from molf.errors import UserError, first_line
+from molf.paths import file_hash, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -121,16 +121,6 @@ def folder_hash(directory: Path) -> str:
         digest.update(str(path.relative_to(directory)).encode() + b"\0")
         digest.update(file_hash(path).encode())
     return digest.hexdigest()[:16]
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def describe(directory: Path) -> dict[str, Any]:

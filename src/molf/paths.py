@@ -1,5 +1,6 @@
 """Where every part of a comparison and its tools lie on disk, and writes that a reader never sees half done."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -110,6 +111,12 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes text as UTF-8, atomically."""
     atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

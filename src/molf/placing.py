@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 
 from molf import copies, splits
-from molf.config import TaskBlock
+from molf.config import SPLITS, TaskBlock
 from molf.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SPLITS = ("train", "validation", "test")
 BLOCK = 20_000  # rows that are moved together
 COPIES = ["split", "example_id", "of_split", "of_example_id", "similarity"]
 

@@ -1,6 +1,5 @@
 """Raw rows of a task, as their source has them: the built-in generator, files, URLs or a hub data set."""
 
-import hashlib
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from molf.config import SHA, FileSource, GeneratedSource, HubSource, TaskBlock, UrlSource
-from molf.errors import UserError
-from molf.paths import atomic, write_json
+from molf.errors import UserError, first_line
+from molf.paths import atomic, file_hash, write_json
 from molf.readers import Row, RowFile, as_row
 from molf.sources import pinned
 from molf.tasks import TASKS
@@ -68,7 +67,7 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     if block.kind == "sql" and block.options.databases is not None:
         extract_databases(Path(block.options.databases), directory / "databases", f"tasks.{name}.options.databases")
     info: dict[str, Any] = {"kind": source.kind, "generated": isinstance(source, GeneratedSource), "name": name}
-    written = {split: _sha256(directory / f"{split}.parquet") for split in files}
+    written = {split: file_hash(directory / f"{split}.parquet") for split in files}
     info |= {"files": files, "columns": columns, "written": written}
     if isinstance(source, HubSource):
         info |= {"id": source.id, "config": source.config, "revision": _revision(name, source)}
@@ -175,11 +174,6 @@ def write_split(key: str, origins: list[Origin], path: Path) -> tuple[list[dict[
     return files, list(columns)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[Row]:
     import datasets
 
@@ -189,9 +183,8 @@ def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[Row]:
         local = Path(source.id).is_dir()
         data = datasets.load_dataset(source.id, source.config, split=split, revision=None if local else revision)
     except Exception as error:  # the hub, its cache and the readers of its files raise what they like
-        line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"tasks.{name}.source: {source.id} split {split!r} at {revision} cannot be loaded: {line}"
+            f"tasks.{name}.source: {source.id} split {split!r} at {revision} cannot be loaded: {first_line(error)}"
         ) from None
     yield from map(as_row, range(1, len(data) + 1), data)
 

@@ -19,12 +19,11 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from molf.errors import UserError
+from molf.errors import UserError, first_line
+from molf.tasks import med
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-# CSV has no types; in a table with these columns, MedMCQA's, the last one holds whole numbers.
-MEDMCQA = ("question", "opa", "opb", "opc", "opd", "cop")
 MAX_LINE = 32 * 2**20  # bytes; a longer one is no row of text but a file gone wrong
 MAX_ITEM = 8 * MAX_LINE  # characters in which the end of a list's item is looked for
 BATCH = 2000, 64 * 2**20  # rows of Parquet that are held at once, and their bytes
@@ -110,8 +109,7 @@ class RowFile:
         except UserError:
             raise
         except Exception as error:  # whatever a file system or a decompressor raises
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{self.location}: cannot be read: {line}") from None
+            raise UserError(f"{self.location}: cannot be read: {first_line(error)}") from None
 
     def _parse(self, stream: IO[bytes]) -> Iterator[Row]:
         if self.format == ".parquet":
@@ -436,7 +434,8 @@ def _csv(location: str, stream: IO[bytes], delimiter: str) -> Iterator[Row]:
         raise UserError(f"{location}: the header {what}; each column needs a name of its own")
     if not _encodable("".join(header)):
         raise UserError(f"{location}: the header is not UTF-8: {_shown(', '.join(header))}; save the file as UTF-8")
-    whole = {MEDMCQA[-1]} if set(MEDMCQA) <= set(header) else set()
+    # CSV has no types; in a table with MedMCQA's columns the last of them holds whole numbers.
+    whole = {med.COLUMNS[-1]} if set(med.COLUMNS) <= set(header) else set()
     while True:
         number = lines.number + 1
         lines.given.clear()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.config import SHA, SOURCES_LOCK, HubModel, HubSource, Params, UrlSource
-from molf.errors import UserError
+from molf.errors import UserError, first_line
 from molf.paths import read_json, write_json
 
 
@@ -78,8 +78,7 @@ def hub_commit(kind: str, id: str, revision: str) -> str:
     try:
         return str(HfApi().repo_info(id, repo_type=kind, revision=revision).sha)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{kind} {id} at {revision!r} cannot be looked up ({line})") from None
+        raise UserError(f"{kind} {id} at {revision!r} cannot be looked up ({first_line(error)})") from None
 
 
 def url_sha256(url: str) -> str:

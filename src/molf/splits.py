@@ -32,8 +32,7 @@ class Rows:
         if self.signatures is None or self.similarity is None:
             none = np.empty(0, dtype=np.int64)
             return none, none, np.empty(0)
-        left, right, estimate = copies.near_pairs(self.signatures, self.similarity)
-        return np.minimum(left, right), np.maximum(left, right), estimate
+        return copies.near_pairs(self.signatures, self.similarity)
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,13 @@ def units(rows: Rows, left: np.ndarray, right: np.ndarray, largest: int) -> np.n
     cannot lie on one side and counts as its rows.
     """
     count = len(rows.prompt)
-    linked = [_chain(rows.prompt), _chain(np.where(rows.group < 0, -1 - np.arange(count), rows.group))]
-    firm = copies.clusters(count, *(np.concatenate(side) for side in zip(*linked, strict=True)))
     near = copies.clusters(count, left, right)
-    sizes = np.bincount(near, minlength=count)
-    small = sizes[near[left]] <= largest
-    linked += [(left[small], right[small]), _chain(firm)]
+    small = np.bincount(near, minlength=count)[near[left]] <= largest
+    linked = [
+        _chain(rows.prompt),
+        _chain(np.where(rows.group < 0, -1 - np.arange(count), rows.group)),
+        (left[small], right[small]),
+    ]
     return copies.clusters(count, *(np.concatenate(side) for side in zip(*linked, strict=True)))
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from molf.config import Params, cell_config, check_params, fingerprint, untrained_fingerprint
-from molf.models import file_hash
-from molf.paths import Cell, write_json, write_parquet
+from molf.paths import Cell, file_hash, write_json, write_parquet
 
 EXAMPLES = 40
 STEPS = 12

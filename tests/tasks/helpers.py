@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pytest
 
 from molf.config import Evaluation, NewTokens
 from molf.encoding import Messages
+from molf.tasks import Task
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 EVALUATION = Evaluation(batch_size=8, max_new_tokens=NewTokens(sql=64, med=4, fact=8, completion=16, choice=4))
@@ -70,3 +72,17 @@ def rejected(schema: pa.DataFrameSchema, frame: pd.DataFrame) -> set[tuple[str, 
 
 def with_ids(examples: pd.DataFrame) -> pd.DataFrame:
     return examples.assign(example_id=[f"row-{i}" for i in range(len(examples))])
+
+
+def found(task: Task, frame: pd.DataFrame, options: Any) -> set[tuple[str, int]]:
+    """What a task's schema finds in raw rows: (check, row)."""
+    return rejected(task.raw_schema(options), task.normalise(frame, options))
+
+
+def examples(task: Task, frame: pd.DataFrame, options: Any) -> pd.DataFrame:
+    """Prepared rows of raw ones that are all good, held against the task's schema."""
+    assert found(task, frame, options) == set()
+    made = task.to_examples(task.normalise(frame, options), options)
+    assert made.index.equals(frame.index)
+    task.prepared_schema().validate(with_ids(made), lazy=True)
+    return made

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 from molf.config import ChoiceOptions
 from molf.tasks import choice
 from molf.tasks.columns import NotUnicode
+from tests.tasks import helpers
 from tests.tasks.helpers import EVALUATION, StandIn, rejected, with_ids
 
 NAMES = ["o1", "o2", "o3", "o4"]
@@ -28,16 +30,7 @@ def raw(**columns: list[Any]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in (own | columns).items()})
 
 
-def found(frame: pd.DataFrame, options: ChoiceOptions) -> set[tuple[str, int]]:
-    return rejected(choice.raw_schema(options), choice.normalise(frame, options))
-
-
-def examples(frame: pd.DataFrame, options: ChoiceOptions) -> pd.DataFrame:
-    assert found(frame, options) == set()
-    made = choice.to_examples(choice.normalise(frame, options), options)
-    assert made.index.equals(frame.index)
-    choice.prepared_schema().validate(with_ids(made), lazy=True)
-    return made
+found, examples = partial(helpers.found, choice), partial(helpers.examples, choice)
 
 
 def test_a_row_becomes_a_question_with_lettered_options() -> None:

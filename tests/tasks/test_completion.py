@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from molf.config import CompletionOptions
 from molf.errors import UserError
 from molf.tasks import completion
 from molf.tasks.columns import NotUnicode
-from tests.tasks.helpers import EVALUATION, StandIn, rejected, with_ids
+from tests.tasks import helpers
+from tests.tasks.helpers import EVALUATION, StandIn, with_ids
 
 PLAIN = CompletionOptions(prompt="question", completion="answer")
 ALPACA = CompletionOptions(prompt="{instruction}\n{input}\n\n### Response:\n", completion="{output}")
@@ -21,16 +23,7 @@ def raw(**columns: list[Any]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
 
 
-def found(frame: pd.DataFrame, options: CompletionOptions) -> set[tuple[str, int]]:
-    return rejected(completion.raw_schema(options), completion.normalise(frame, options))
-
-
-def examples(frame: pd.DataFrame, options: CompletionOptions) -> pd.DataFrame:
-    assert found(frame, options) == set()
-    made = completion.to_examples(completion.normalise(frame, options), options)
-    assert made.index.equals(frame.index)
-    completion.prepared_schema().validate(with_ids(made), lazy=True)
-    return made
+found, examples = partial(helpers.found, completion), partial(helpers.examples, completion)
 
 
 def test_a_column_alone_is_stripped_and_the_completion_starts_with_one_space() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from molf.inspection.forms import (
-    LETTER,
     OPTION_LISTS,
     OPTION_PREFIXES,
     RIGHT,
@@ -21,6 +20,7 @@ from molf.inspection.forms import (
     plain,
 )
 from molf.inspection.profile import LIST, NUMBER, OBJECT, TEXT, WHOLE, Column, Profile
+from molf.tasks.choice import LETTER
 
 
 def choice(found: Profile) -> Guess | None:

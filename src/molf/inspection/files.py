@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from molf.config import SPLITS
 from molf.errors import UserError
 from molf.paths import read_json, write_json
 from molf.raw import Origin, write_split
@@ -60,7 +61,7 @@ def find(location: str, others: dict[str, str]) -> dict[str, list[str]]:
     for paths in files.values():
         for path in paths:
             _readable(path)
-    return {split: files[split] for split in ("train", "validation", "test") if split in files}
+    return {split: files[split] for split in SPLITS if split in files}
 
 
 def _readable(location: str) -> None:
@@ -141,16 +142,12 @@ def source(files: dict[str, list[str]]) -> dict[str, Any]:
         return {"kind": "url", "path": "sources.lock", "files": {split: named(paths) for split, paths in files.items()}}
     if len(every) == 1:
         return {"kind": "file", "path": _from_here(every[0])}
-    folder = Path(_common([str(Path(path).resolve().parent) for path in every]))
+    folder = Path(os.path.commonpath([Path(path).resolve().parent for path in every]))
     inside = {
         split: named([str(Path(path).resolve().relative_to(folder)) for path in paths])
         for split, paths in files.items()
     }
     return {"kind": "file", "path": _from_here(str(folder)), "files": inside}
-
-
-def _common(folders: list[str]) -> str:
-    return os.path.commonpath(folders)
 
 
 def _from_here(path: str) -> str:
@@ -173,7 +170,7 @@ def spool(files: dict[str, list[str]], directory: Path, most: int | None) -> dic
     Raises:
         UserError: A file cannot be read, or has no rows; says how a JSON object becomes rows.
     """
-    found: dict[str, Any] = {"kind": "file", "generated": False, "name": "", "license": "unknown"}
+    found: dict[str, Any] = {"kind": "file", "generated": False, "name": ""}
     found |= {"files": {}, "columns": {}}
     for split, paths in files.items():
         origins = [Origin(path, RowFile(path) if most is None else islice(RowFile(path), most)) for path in paths]

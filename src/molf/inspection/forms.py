@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from molf.inspection.profile import TEXT, Profile
-from molf.tasks import generic
+from molf.tasks import generic, med, sql
+from molf.tasks.choice import LETTER
 
 # Names as `plain` leaves them: lower-case letters and digits. The order is that of preference.
 ANSWERS = (
@@ -55,11 +56,7 @@ GROUPS = (
     "parentid clusterid family repo repository project context passage article paragraph story"
 ).split()
 
-GRETEL = {"sql_prompt", "sql_context", "sql"}
-SPIDER = {"db_id", "question", "query"}
-MED = {"question", "opa", "opb", "opc", "opd", "cop"}
-ROLES = {"system", "user", "assistant", "human", "gpt"}
-LETTER = re.compile(r"\s*[(\[]?([A-Za-z])[)\]]?[.:]?\s*")
+GRETEL, SPIDER, MED = set(sql.GRETEL), set(sql.SPIDER), set(med.COLUMNS)
 WHOLE_TEXT = re.compile(r"\s*[+-]?\d{1,15}(\.0*)?\s*")
 
 
@@ -89,7 +86,7 @@ class Guess:
             for text in value if isinstance(value, list) else [value]:
                 names = re.findall(r"\{([^{}]+)\}", text) if text else []
                 found.update(names or ([text] if text else []))
-        known = {"sql": GRETEL | SPIDER | {"context"}, "med": MED | {"subject_name"}}
+        known = {"sql": GRETEL | SPIDER, "med": MED | {"subject_name"}}
         known["fact"] = {"requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"}
         return found | known.get(self.kind, set())
 

@@ -12,7 +12,6 @@ from molf.inspection.forms import (
     GROUPS,
     MED,
     OPTION_LISTS,
-    ROLES,
     SPIDER,
     SUBJECTS,
     TALKS,
@@ -24,6 +23,7 @@ from molf.inspection.forms import (
     plain,
 )
 from molf.inspection.profile import LIST, OBJECT, TEXT, WHOLE, Profile
+from molf.tasks.completion import ROLES
 
 
 def guesses(found: Profile) -> list[Guess]:
@@ -69,7 +69,7 @@ def _sql(found: Profile) -> Guess | None:
     options = {"databases": None, "must_run": True}
     if names >= GRETEL:
         return Guess("sql", options, ["sql_prompt, sql_context and sql are Gretel's columns"], "sql")
-    if names >= SPIDER | {"context"}:
+    if names >= SPIDER:
         guess = Guess("sql", options, ["db_id, question, query and context are Spider's columns"], "query")
         guess.notes.append("queries run on databases: options.databases names the folder or .tar.gz with DB/DB.sqlite")
         return guess

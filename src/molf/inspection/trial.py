@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molf import data
-from molf.config import Params, PathModel, TaskBlock, check_params
-from molf.errors import UserError
+from molf.config import SPLITS, Params, PathModel, TaskBlock, check_params
+from molf.errors import UserError, first_line
 from molf.paths import MODELS
 from molf.raw import extract_databases
 
@@ -37,13 +37,6 @@ class Trial:
     stopped: list[str]
     first: dict[str, Any] | None
     prepared: Path
-
-    @property
-    def rejected(self) -> float:
-        """Share of the raw rows that are rejected."""
-        rows = [] if self.summary is None else self.summary["rows"].values()
-        raw = sum(count["raw"] for count in rows)
-        return sum(count["rejected"] for count in rows) / raw if raw else 1.0
 
 
 @dataclass
@@ -101,7 +94,7 @@ def _first(directory: Path) -> dict[str, Any] | None:
     import pyarrow.parquet as pq
 
     found = []
-    for split in data.SPLITS:
+    for split in SPLITS:
         batch = next(pq.ParquetFile(directory / f"{split}.parquet").iter_batches(batch_size=1))
         found += batch.to_pylist()
     train = [row for row in found if row["example_id"].startswith("train-")]
@@ -128,7 +121,7 @@ def tokenizer(params: Params, model: str) -> "tuple[PreTrainedTokenizerBase | No
     try:
         return models.load_tokenizer(folder), ""
     except (OSError, ValueError, KeyError) as error:
-        return None, f"no tokenizer loads from {folder}: {models.first_line(error)}"
+        return None, f"no tokenizer loads from {folder}: {first_line(error)}"
 
 
 def lengths(prepared: Path, params: Params, model: str) -> Lengths:
@@ -136,7 +129,7 @@ def lengths(prepared: Path, params: Params, model: str) -> Lengths:
     import pandas as pd
     import pyarrow.parquet as pq
 
-    files = [pq.ParquetFile(prepared / f"{split}.parquet") for split in data.SPLITS]
+    files = [pq.ParquetFile(prepared / f"{split}.parquet") for split in SPLITS]
     counts = [file.metadata.num_rows for file in files]
     rows = sum(counts)
     drawn = np.sort(np.random.default_rng(0).choice(rows, min(DRAWN, rows), replace=False))

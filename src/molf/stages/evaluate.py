@@ -11,6 +11,7 @@ from molf.paths import (
     MODELS,
     PREPARED,
     Cell,
+    file_hash,
     read_json,
     remove_leftovers,
     write_json,
@@ -39,7 +40,7 @@ def run() -> None:
     block = params.tasks[cell.task]
     data = read_json(PREPARED / cell.task / "summary.json")
     rows = PREPARED / cell.task / "test.parquet"
-    asked, began = models.file_hash(rows), None
+    asked, began = file_hash(rows), None
     with memory.explained_by(lambda: f"lower evaluation.batch_size (now {params.evaluation.batch_size})"):
         if cell.method == BASE_METHOD:
             origin, weights = models.describe(base), base

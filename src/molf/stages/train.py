@@ -8,7 +8,18 @@ from typing import Any
 
 from molf.config import Params, Training, cell_config, fingerprint, load_params
 from molf.errors import main
-from molf.paths import CHECKPOINTS, MODELS, PREPARED, TRAINER, UNKEPT, Cell, read_json, write_json, write_parquet
+from molf.paths import (
+    CHECKPOINTS,
+    MODELS,
+    PREPARED,
+    TRAINER,
+    UNKEPT,
+    Cell,
+    file_hash,
+    read_json,
+    write_json,
+    write_parquet,
+)
 
 
 def run() -> None:
@@ -80,7 +91,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     target = weights if kept else UNKEPT / cell.name
     for directory in (results, weights, target) if first else ():
         shutil.rmtree(directory, ignore_errors=True)
-    block, trained_on = params.methods[cell.method], models.file_hash(prepared / "train.parquet")
+    block, trained_on = params.methods[cell.method], file_hash(prepared / "train.parquet")
     live_run = tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext()
     with live_run as live, keeper.explaining(), memory.explained(base, block, budget):
         outcome = training.train(

@@ -15,6 +15,7 @@ from molf.tasks.columns import (
     NotUnicode,
     as_list,
     as_texts,
+    distinct,
     given,
     is_missing,
     joined,
@@ -22,7 +23,6 @@ from molf.tasks.columns import (
     of_rows,
     prepared,
     text,
-    true_or_null,
 )
 from molf.tasks.generic import (
     IS_WORDED,
@@ -161,14 +161,7 @@ def _no_gap(frame: pd.DataFrame, options: "ChoiceOptions") -> np.ndarray:
 
 def _all_differ(frame: pd.DataFrame, options: "ChoiceOptions") -> np.ndarray:
     """Whether no two texts of a row's options are equal, spaces around them aside."""
-    import pyarrow.compute as pc
-
-    trimmed = [pc.utf8_trim_whitespace(as_texts(column)) for column in _columns(frame, options)]
-    result = np.ones(len(frame), dtype=bool)
-    for i, one in enumerate(trimmed):
-        for other in trimmed[:i]:
-            result &= true_or_null(pc.not_equal(one, other))
-    return result
+    return distinct([as_texts(column) for column in _columns(frame, options)])
 
 
 def _options(frame: pd.DataFrame, options: "ChoiceOptions") -> list[list[str]]:

@@ -105,16 +105,6 @@ def true_or_null(passed: Any) -> np.ndarray:
     return passed.fill_null(True).to_numpy(zero_copy_only=False)
 
 
-def check(passes: Callable[[Any], bool], name: str) -> "pa.Check":
-    """A check of each present value by itself, for what no vector operation knows."""
-    return vector(
-        lambda values: np.fromiter(
-            (is_missing(value) or passes(value) for value in values), dtype=bool, count=len(values)
-        ),
-        name,
-    )
-
-
 def of_rows(passes: Callable[[pd.DataFrame], np.ndarray], name: str) -> "pa.Check":
     """A check of whole rows.
 
@@ -169,15 +159,21 @@ def differ(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
 
     True where one is missing or no text, which is another check's matter.
     """
+    texts = [as_texts(frame[name]) for name in columns]
+    whole = np.all([~column.is_null().to_numpy(zero_copy_only=False) for column in texts], axis=0)
+    return distinct(texts) | ~whole
+
+
+def distinct(texts: Sequence["pyarrow.StringArray"]) -> np.ndarray:
+    """Whether no two texts of a row are equal, spaces around them aside; null equals nothing: (rows,) of bool."""
     import pyarrow.compute as pc
 
-    trimmed = [pc.utf8_trim_whitespace(as_texts(frame[name])) for name in columns]
-    result = np.ones(len(frame), dtype=bool)
+    trimmed = [pc.utf8_trim_whitespace(column) for column in texts]
+    result = np.ones(len(trimmed[0]), dtype=bool)
     for i, one in enumerate(trimmed):
         for other in trimmed[:i]:
             result &= true_or_null(pc.not_equal(one, other))
-    whole = np.all([~texts.is_null().to_numpy(zero_copy_only=False) for texts in trimmed], axis=0)
-    return result | ~whole
+    return result
 
 
 def joined(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:

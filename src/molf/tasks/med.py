@@ -20,11 +20,12 @@ PRIMARY = "accuracy"
 COMPONENTS = ["accuracy"]
 BINARY = "accuracy"
 OPTIONS = ["opa", "opb", "opc", "opd"]
+COLUMNS = ["question", *OPTIONS, "cop"]
 
 
 def columns(options: "MedOptions") -> list[list[str]]:
     """The raw columns that must be there: one of these lists."""
-    return [["question", *OPTIONS, "cop"]]
+    return [COLUMNS]
 
 
 def raw_schema(options: "MedOptions") -> "pa.DataFrameSchema":
