@@ -179,7 +179,7 @@ def find_weights(directory: Path) -> Path:
     """The folder where a cell's weights lie: its own, or another if they are not kept.
 
     Raises:
-        UserError: They were not kept and are gone, or are of another training.
+        UserError: They were not kept and are gone, or are of another training; with the command that makes them anew.
     """
     note = directory / ELSEWHERE
     if not note.is_file():
@@ -187,9 +187,11 @@ def find_weights(directory: Path) -> Path:
     kept = read_json(note)
     path = Path(kept["path"])
     if not path.is_dir() or folder_hash(path) != kept["hash"]:
+        *cell, seed = directory.parts[-4:]
+        stage = f"train@{'-'.join([*cell, seed.removeprefix('seed-')])}"
         raise UserError(
             f"{directory}: these weights were not kept (training.keep); "
-            "train the cell again with `dvc repro -f -s train@...`, or set training.keep to all"
+            f"train the cell again with `dvc repro -f -s {stage}`, or set training.keep to all"
         )
     return path
 

@@ -8,7 +8,6 @@ from molf.config import fingerprint, load_params, untrained_fingerprint
 from molf.errors import main
 from molf.paths import (
     BASE_METHOD,
-    MODELS,
     PREPARED,
     Cell,
     file_hash,
@@ -31,30 +30,21 @@ def run() -> None:
     models.quiet()  # before the libraries that it quiets are imported
     import pandas as pd
 
-    from molf import cards, closure, lineage, machine, memory, tracking
-    from molf.evaluation import LanguageModel
-    from molf.methods import METHODS
+    from molf import cards, cells, closure, lineage, machine, memory, tracking
     from molf.tasks import TASKS
 
-    base, budget = MODELS / cell.model, params.training_for(cell.task)
     block = params.tasks[cell.task]
     data = read_json(PREPARED / cell.task / "summary.json")
     rows = PREPARED / cell.task / "test.parquet"
-    asked, began = file_hash(rows), None
+    asked, began, weights = file_hash(rows), None, cells.weights(cell)
     with memory.explained_by(lambda: f"lower evaluation.batch_size (now {params.evaluation.batch_size})"):
         if cell.method == BASE_METHOD:
-            origin, weights = models.describe(base), base
+            origin = models.describe(weights)
             trained = untrained_fingerprint(origin["hash"])
-            network = models.load_model(base, models.weight_dtype(budget.dtype))
         else:
             training = read_json(cell.results / "train" / "run.json")
             origin, trained, began = training["model"], training["fingerprint"], training["started"]
-            weights = models.find_weights(cell.weights)
-            network = METHODS[params.methods[cell.method].kind].load(base, weights, models.weight_dtype(budget.dtype))
-        lm = LanguageModel(
-            network, models.load_tokenizer(base), params.evaluation.batch_size, progress=sys.stderr.isatty()
-        )
-        models.to_device(network, budget.threads)
+        lm = cells.load(cell, weights, params, progress=sys.stderr.isatty())
         started = time.perf_counter()
         scorer = TASKS[block.kind]
         predictions = scorer.predict(lm, pd.read_parquet(rows), params.evaluation)
