@@ -229,10 +229,10 @@ def test_token_f1_is_squad_s(answer: str, gold: str, score: float) -> None:
 
 
 def test_exact_match_collapses_white_space_and_nothing_else() -> None:
-    assert completion.exact_match(" a  b\n", "a b") == 1
-    assert completion.exact_match("A b", "a b") == 0
-    assert completion.exact_match("ab", "a b") == 0
-    assert completion.exact_match("a b.", "a b") == 0
+    assert completion.right(" a  b\n", "a b")
+    assert not completion.right("A b", "a b")
+    assert not completion.right("ab", "a b")
+    assert not completion.right("a b.", "a b")
 
 
 @pytest.mark.parametrize("form", ["pair", "chat"])

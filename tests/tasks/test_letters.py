@@ -54,3 +54,9 @@ def test_each_example_is_answered_among_its_own_letters() -> None:
     scores = letters.metrics(predictions)
     assert scores["primary"] == scores["accuracy"] == 1 and scores["accuracy/x"] == 1
     assert scores["invalid_rate"] == pytest.approx(1 / 3)
+
+
+def test_options_are_read_back_from_a_prompt() -> None:
+    options = ["red", "blue\nor nearly", "B. Brecht"]
+    assert letters.listed(letters.prompt("A. is a letter?\nWhich", options)) == options
+    assert letters.listed("Which? Answer:") == []

@@ -30,14 +30,20 @@ class Task(Protocol):
     def columns(self, options: Any) -> list[list[str]]:
         """The raw columns that must be there: one of these lists."""
 
+    def asked(self, options: Any) -> list[list[str]]:
+        """Of these, the columns that a question needs whose answer nobody knows yet: one of these lists."""
+
     def raw_schema(self, options: Any) -> "pa.DataFrameSchema":
         """Checks `normalise`d rows, lazily: every bad value with its row, column and check."""
+
+    def question_schema(self, options: Any) -> "pa.DataFrameSchema":
+        """Of these, the checks that a question must pass without its answer."""
 
     def tolerated(self, options: Any) -> frozenset[str]:
         """Names of checks whose failing rows are kept, and only counted."""
 
     def normalise(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
-        """The benchmark's own rows as flat columns, with the index kept."""
+        """The benchmark's own rows as flat columns, with the index kept; answers may be lacking."""
 
     def prepared_schema(self) -> "pa.DataFrameSchema":
         """Checks prepared rows."""
@@ -48,6 +54,13 @@ class Task(Protocol):
         Args:
             failures: Rejected rows: column, check, value.
             options: The task's.
+        """
+
+    def questions(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
+        """Normalised rows that pass `question_schema` as prompt, with the index kept.
+
+        Besides where a model is asked by them: `choices` (texts of the options that go by letters), `messages` (the
+        conversation up to the turn of the assistant that is asked for).
         """
 
     def to_examples(self, frame: "pd.DataFrame", options: Any) -> "pd.DataFrame":
@@ -61,6 +74,14 @@ class Task(Protocol):
 
     def predict(self, lm: "LanguageModel", examples: "pd.DataFrame", evaluation: "Evaluation") -> "pd.DataFrame":
         """A row per prepared example, in their order: example_id, prediction, and every per-example score."""
+
+    def right(self, answer: str, gold: str) -> bool:
+        """Whether an answer is the right one, as the strictest score says that needs nothing but the two texts.
+
+        Args:
+            answer: What the model says; of options the likeliest letter.
+            gold: An example's completion, stripped.
+        """
 
     def metrics(self, predictions: "pd.DataFrame") -> dict[str, Any]:
         """The scores: primary, primary_name, n, left_out ({reason: count}), and every metric by name."""

@@ -67,6 +67,11 @@ def columns(options: "ChoiceOptions") -> list[list[str]]:
     return ways([*Template.parse(options.question).columns, *own, options.answer, *subject])
 
 
+def asked(options: "ChoiceOptions") -> list[list[str]]:
+    own = [options.options] if isinstance(options.options, str) else options.options[:2]
+    return ways([*Template.parse(options.question).columns, *own])
+
+
 def _answer(options: "ChoiceOptions") -> str:
     """The normalised column of the answers' letters: the answers' own, unless that is also asked or an option."""
     asked = [*Template.parse(options.question).columns, options.subject]
@@ -76,6 +81,18 @@ def _answer(options: "ChoiceOptions") -> str:
 
 def raw_schema(options: "ChoiceOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows: the question's texts, the options, and whether the answer is one of them."""
+    import pandera.pandas as pa
+
+    schema = question_schema(options)
+    texts = dict(schema.columns)
+    answers = no_wrong(IS_UNICODE, FORM[options.answer_is], INSIDE)
+    if options.subject is not None:
+        texts[options.subject] = texts.get(options.subject, words(optional=True))
+    texts[_answer(options)] = pa.Column(nullable=True, checks=[given(), *answers])
+    return pa.DataFrameSchema(texts, checks=schema.checks)
+
+
+def question_schema(options: "ChoiceOptions") -> "pa.DataFrameSchema":
     import pandera.pandas as pa
 
     texts, rows = schema({"question": Template.parse(options.question)})
@@ -89,10 +106,6 @@ def raw_schema(options: "ChoiceOptions") -> "pa.DataFrameSchema":
             of_rows(partial(_no_gap, options=options), GAP),
             of_rows(partial(_all_differ, options=options), DIFFER),
         ]
-    answers = no_wrong(IS_UNICODE, FORM[options.answer_is], INSIDE)
-    if options.subject is not None:
-        texts[options.subject] = texts.get(options.subject, words(optional=True))
-    texts[_answer(options)] = pa.Column(nullable=True, checks=[given(), *answers])
     return pa.DataFrameSchema(texts, checks=rows)
 
 
@@ -115,10 +128,11 @@ def normalise(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
         texts += [name for name in options.options if name in frame]
     if options.subject is not None and options.subject not in lists:
         texts.append(options.subject)
-    rows = replaced(frame, {**{name: worded(frame[name]) for name in texts}, **lists})
+    rows = replaced(frame, {**{name: worded(frame[name]) for name in texts if name in frame}, **lists})
+    given_answers = frame[options.answer] if options.answer in frame else [None] * len(frame)
     answers = [
         value if is_missing(value) or len(own) < 2 or not _differ(own) else _letter(value, own, options.answer_is)
-        for value, own in zip(frame[options.answer], _options(rows, options), strict=True)
+        for value, own in zip(given_answers, _options(rows, options), strict=True)
     ]
     return replaced(rows, {_answer(options): pd.Series(answers, index=frame.index, dtype=object)})
 
@@ -251,15 +265,26 @@ def _absent(failures: pd.DataFrame, names: list[str]) -> list[str]:
     return [name for name in names if name not in there]
 
 
-def to_examples(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
-    """Valid normalised rows as prompt, completion, answer (letter), subject (or None), options (their number)."""
+def questions(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
     own = _options(frame, options)
-    answers = frame[_answer(options)].tolist()
-    subjects = [None] * len(frame) if options.subject is None else frame[options.subject]
-    questions = Template.parse(options.question).fill(frame)
+    texts = Template.parse(options.question).fill(frame)
     return pd.DataFrame(
         {
-            "prompt": [letters.prompt(question, row) for question, row in zip(questions, own, strict=True)],
+            "prompt": [letters.prompt(text, row) for text, row in zip(texts, own, strict=True)],
+            "choices": pd.Series(own, index=frame.index, dtype=object),
+        },
+        index=frame.index,
+    )
+
+
+def to_examples(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
+    """Valid normalised rows as prompt, completion, answer (letter), subject (or None), options (their number)."""
+    asked = questions(frame, options)
+    answers = frame[_answer(options)].tolist()
+    subjects = [None] * len(frame) if options.subject is None else frame[options.subject]
+    return pd.DataFrame(
+        {
+            "prompt": asked["prompt"],
             "completion": [letters.completion(answer) for answer in answers],
             "answer": answers,
             "subject": pd.Series(
@@ -267,7 +292,7 @@ def to_examples(frame: pd.DataFrame, options: "ChoiceOptions") -> pd.DataFrame:
                 index=frame.index,
                 dtype=str,
             ),
-            "options": np.array([len(row) for row in own], dtype=np.int64),
+            "options": np.array([len(row) for row in asked["choices"]], dtype=np.int64),
         },
         index=frame.index,
     )
@@ -287,6 +312,10 @@ def combine(means: dict[str, float]) -> float:
 def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation") -> pd.DataFrame:
     """The letters that `letters.predict` finds, each example's among its own."""
     return letters.predict(lm, examples, examples["options"].tolist(), evaluation.max_new_tokens.choice)
+
+
+def right(answer: str, gold: str) -> bool:
+    return answer == gold
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:

@@ -48,14 +48,29 @@ def columns(options: "CompletionOptions") -> list[list[str]]:
     return ways([options.messages] if options.messages is not None else _columns(options))
 
 
+def asked(options: "CompletionOptions") -> list[list[str]]:
+    """The columns of the prompt; of conversations their own, the last turn of which may lack."""
+    return columns(options) if options.messages is not None else ways(_templates(options)["prompt"].columns)
+
+
 def raw_schema(options: "CompletionOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows: texts of templates, or conversations."""
+    return _schema(_templates(options), options, [ANSWERED, FIRST, LAST])
+
+
+def question_schema(options: "CompletionOptions") -> "pa.DataFrameSchema":
+    own = {made: template for made, template in _templates(options).items() if made == "prompt"}
+    return _schema(own, options, [FIRST])
+
+
+def _schema(templates: dict[str, Template], options: "CompletionOptions", turns: list[str]) -> "pa.DataFrameSchema":
+    """Of templates, or of conversations with these checks of the order of their turns."""
     import pandera.pandas as pa
 
     if options.messages is None:
-        texts, rows = schema(_templates(options))
+        texts, rows = schema(templates)
         return pa.DataFrameSchema(texts, checks=rows)
-    names = [TURNS, ROLE, *(f"content {check.name}" for check in text().checks), ANSWERED, FIRST, LAST]
+    names = [TURNS, ROLE, *(f"content {check.name}" for check in text().checks), *turns]
     return pa.DataFrameSchema({options.messages: pa.Column(nullable=True, checks=[given(), *no_wrong(*names)])})
 
 
@@ -67,15 +82,20 @@ def normalise(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame
     """Numbers, true and false become text, as JSON writes them; conversations lists of {role, content}, or `Wrong`."""
     frame = with_paths(frame, columns(options)[0])
     if options.messages is None:
-        return replaced(frame, {name: worded(_truths(frame[name])) for name in _columns(options)})
+        return replaced(frame, {name: worded(_truths(frame[name])) for name in _columns(options) if name in frame})
     talks = [value if is_missing(value) else _turns(value) for value in frame[options.messages]]
     # All texts of all conversations at once.
-    contents = [(i, turn["content"]) for i, talk in enumerate(talks) if isinstance(talk, list) for turn in talk]
+    contents = [(i, turn["content"]) for i, talk in enumerate(talks) for turn in _whole(talk)]
     found = flaws([content for _, content in contents], text())
     for (i, content), flaw in zip(contents, found, strict=True):
-        if flaw is not None and isinstance(talks[i], list):
+        if flaw is not None and _whole(talks[i]):
             talks[i] = Wrong(f"content {flaw}", content)
     return replaced(frame, {options.messages: pd.Series(talks, index=frame.index, dtype=object)})
+
+
+def _whole(talk: Any) -> list[dict[str, Any]]:
+    """The turns of a conversation, that of one that lacks no more than the answer included; else none."""
+    return list(talk.kept) if isinstance(talk, Wrong) else talk if isinstance(talk, list) else []
 
 
 def _truths(values: pd.Series) -> pd.Series:
@@ -106,11 +126,11 @@ def _turns(value: Any) -> list[dict[str, Any]] | Wrong:
     if not turns:
         return Wrong(TURNS, value)
     if "assistant" not in roles:
-        return Wrong(ANSWERED, ", ".join(roles))
+        return Wrong(ANSWERED, ", ".join(roles), turns)
     if roles[0] == "assistant":
         return Wrong(FIRST, ", ".join(roles))
     if roles[-1] != "assistant":
-        return Wrong(LAST, ", ".join(roles))
+        return Wrong(LAST, ", ".join(roles), turns)
     return turns
 
 
@@ -124,20 +144,30 @@ def hint(failures: pd.DataFrame, options: "CompletionOptions") -> str | None:
     return None
 
 
+def questions(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame:
+    """Of a conversation all before the answer that ends it, or all of it; the prompt is then to be read by people."""
+    if options.messages is None:
+        return pd.DataFrame({"prompt": _templates(options)["prompt"].fill(frame)}, index=frame.index)
+    talks = [talk.kept if isinstance(talk, Wrong) else talk[:-1] for talk in frame[options.messages]]
+    prompts = ["\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in talk) for talk in talks]
+    messages = pd.Series(talks, index=frame.index, dtype=object)
+    return pd.DataFrame({"prompt": prompts, "messages": messages}, index=frame.index)
+
+
 def to_examples(frame: pd.DataFrame, options: "CompletionOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt and completion; of conversations also messages; the index stays.
 
     A column alone is stripped, and the completion starts with one space, so that the prompt ends without one. What a
     template makes is taken as it is. Of a conversation the prompt is all before the last turn, to be read by people.
     """
+    prompts = questions(frame, options)["prompt"]
     if options.messages is None:
-        templates = _templates(options)
-        texts = {made: template.fill(frame) for made, template in templates.items()}
-        if templates["completion"].whole:
-            texts["completion"] = [f" {answer}" for answer in texts["completion"]]
-        return pd.DataFrame(texts, index=frame.index)
+        template = _templates(options)["completion"]
+        answers = template.fill(frame)
+        if template.whole:
+            answers = [f" {answer}" for answer in answers]
+        return pd.DataFrame({"prompt": prompts, "completion": answers}, index=frame.index)
     talks = frame[options.messages].tolist()
-    prompts = ["\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in talk[:-1]) for talk in talks]
     return pd.DataFrame(
         {"prompt": prompts, "completion": [talk[-1]["content"] for talk in talks], "messages": talks},
         index=frame.index,
@@ -174,15 +204,15 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
             "example_id": examples["example_id"].to_numpy(),
             "prediction": [answer for answer, _ in pairs],
             "completion": [gold for _, gold in pairs],
-            "exact_match": [exact_match(*pair) for pair in pairs],
+            "exact_match": [float(right(*pair)) for pair in pairs],
             "token_f1": [token_f1(*pair) for pair in pairs],
         }
     )
 
 
-def exact_match(answer: str, gold: str) -> float:
-    """1 if the texts are equal, else 0; white space at the ends does not count, and any other counts as one space."""
-    return float(answer.split() == gold.split())
+def right(answer: str, gold: str) -> bool:
+    """Whether the texts are equal; white space at the ends does not count, and any other counts as one space."""
+    return answer.split() == gold.split()
 
 
 def token_f1(answer: str, gold: str) -> float:

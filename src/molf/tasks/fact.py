@@ -40,22 +40,31 @@ def columns(options: "NoOptions") -> list[list[str]]:
     return [["requested_rewrite", *LISTS]]
 
 
+def asked(options: "NoOptions") -> list[list[str]]:
+    return [["requested_rewrite"]]
+
+
 def raw_schema(options: "NoOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows."""
     import pandera.pandas as pa
-    import pyarrow.compute as pc
 
-    has_slot = of_text(lambda prompts: pc.equal(pc.count_substring(prompts, "{}"), 1), "has {} once")
     return pa.DataFrameSchema(
         {
-            PROMPT: text(checks=[has_slot]),
-            SUBJECT: text(),
+            **question_schema(options).columns,
             NEW: text(),
             TRUE: text(),
             **{name: texts() for name in LISTS},
         },
         checks=of_rows(lambda frame: differ(frame, [NEW, TRUE]), "new and true object differ"),
     )
+
+
+def question_schema(options: "NoOptions") -> "pa.DataFrameSchema":
+    import pandera.pandas as pa
+    import pyarrow.compute as pc
+
+    has_slot = of_text(lambda prompts: pc.equal(pc.count_substring(prompts, "{}"), 1), "has {} once")
+    return pa.DataFrameSchema({PROMPT: text(checks=[has_slot]), SUBJECT: text()})
 
 
 def tolerated(options: "NoOptions") -> frozenset[str]:
@@ -83,15 +92,17 @@ def hint(failures: pd.DataFrame, options: "NoOptions") -> str | None:
     return None
 
 
+def questions(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
+    pairs = zip(frame[PROMPT], frame[SUBJECT], strict=True)
+    prompts = [prompt(template.strip(), subject.strip()) for template, subject in pairs]
+    return pd.DataFrame({"prompt": prompts}, index=frame.index)
+
+
 def to_examples(frame: pd.DataFrame, options: "NoOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, target_new, target_true and the two lists; the index stays."""
-    prompts = [
-        prompt(template.strip(), subject.strip())
-        for template, subject in zip(frame[PROMPT], frame[SUBJECT], strict=True)
-    ]
     return pd.DataFrame(
         {
-            "prompt": prompts,
+            "prompt": questions(frame, options)["prompt"],
             "completion": [completion(target.strip()) for target in frame[NEW]],
             "target_new": [target.strip() for target in frame[NEW]],
             "target_true": [target.strip() for target in frame[TRUE]],
@@ -161,9 +172,7 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
             "paraphrase": _share(result["paraphrase_logprob_new"], result["paraphrase_logprob_true"]),
             "neighborhood": _share(result["neighborhood_logprob_true"], result["neighborhood_logprob_new"]),
             "efficacy_first_token": np.greater(result["first_new"], result["first_true"]).astype(float),
-            "accuracy": [
-                float(text.lstrip().startswith(new)) for text, (new, _) in zip(generated, targets, strict=True)
-            ],
+            "accuracy": [float(right(text, new)) for text, (new, _) in zip(generated, targets, strict=True)],
         }
     )
 
@@ -171,6 +180,11 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
 def _share(preferred: list[list[float]], other: list[list[float]]) -> list[float]:
     """Per example, the share of its prompts on which the first object is strictly likelier than the second."""
     return [float(np.greater(a, b).mean()) for a, b in zip(preferred, other, strict=True)]
+
+
+def right(answer: str, gold: str) -> bool:
+    """Whether the text begins with the object."""
+    return answer.lstrip().startswith(gold)
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:

@@ -209,6 +209,7 @@ class Wrong:
 
     check: str
     shown: Any  # of the value, what is wrong
+    kept: Any = ()  # what it holds that is right, where it lacks no more than an answer
 
     def __str__(self) -> str:
         return str(self.shown)

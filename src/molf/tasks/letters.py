@@ -36,6 +36,19 @@ def parse_letter(text: str, count: int) -> str | None:
     return match.group(1) if match and match.group(1) in LETTERS[:count] else None
 
 
+def listed(prompt: str) -> list[str]:
+    """The options that a prompt lists as `prompt` above does: the last that go by A, B, ... in order; none: no list."""
+    found: list[str] = []
+    for line in prompt.removesuffix("\nAnswer:").split("\n"):
+        if line.startswith("A. "):
+            found = [line[3:]]
+        elif found and len(found) < len(LETTERS) and line.startswith(f"{LETTERS[len(found)]}. "):
+            found.append(line[3:])
+        elif found:
+            found[-1] += f"\n{line}"
+    return found
+
+
 def predict(lm: "LanguageModel", examples: pd.DataFrame, counts: Sequence[int], max_new_tokens: int) -> pd.DataFrame:
     """The likeliest letter of each example in one forward, and the letter that greedy text begins with.
 

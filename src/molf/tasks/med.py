@@ -28,6 +28,10 @@ def columns(options: "MedOptions") -> list[list[str]]:
     return [COLUMNS]
 
 
+def asked(options: "MedOptions") -> list[list[str]]:
+    return [["question", *OPTIONS]]
+
+
 def raw_schema(options: "MedOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows; `cop` must lie within `options.first_option` and three more."""
     import pandera.pandas as pa
@@ -38,13 +42,19 @@ def raw_schema(options: "MedOptions") -> "pa.DataFrameSchema":
         return np.isin(numbers(values), np.arange(first, first + 4))
 
     name = f"is an option's number, {first} to {first + 3}"
-    return pa.DataFrameSchema(
+    return question_schema(options).add_columns(
         {
-            "question": text(),
-            **{option: text() for option in OPTIONS},
             "cop": pa.Column(nullable=True, checks=[given(), vector(is_option, name)]),
             "subject_name": text(optional=True, required=False),
-        },
+        }
+    )
+
+
+def question_schema(options: "MedOptions") -> "pa.DataFrameSchema":
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema(
+        {"question": text(), **{option: text() for option in OPTIONS}},
         checks=of_rows(lambda frame: differ(frame, OPTIONS), "options differ"),
     )
 
@@ -75,14 +85,24 @@ def hint(failures: pd.DataFrame, options: "MedOptions") -> str | None:
     return None
 
 
+def questions(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
+    rows = [[cell.strip() for cell in row] for row in frame[["question", *OPTIONS]].itertuples(index=False)]
+    return pd.DataFrame(
+        {
+            "prompt": [prompt(question, choices) for question, *choices in rows],
+            "choices": pd.Series([choices for _, *choices in rows], index=frame.index, dtype=object),
+        },
+        index=frame.index,
+    )
+
+
 def to_examples(frame: pd.DataFrame, options: "MedOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, answer (letter) and subject (or None); the index stays."""
     answers = [LETTERS[int(cop) - options.first_option] for cop in frame["cop"]]
-    rows = frame[["question", *OPTIONS]].itertuples(index=False)
     subjects = frame["subject_name"] if "subject_name" in frame else [None] * len(frame)
     return pd.DataFrame(
         {
-            "prompt": [prompt(row[0].strip(), [option.strip() for option in row[1:]]) for row in rows],
+            "prompt": questions(frame, options)["prompt"],
             "completion": [completion(answer) for answer in answers],
             "answer": answers,
             "subject": pd.Series(
@@ -107,6 +127,10 @@ def combine(means: dict[str, float]) -> float:
 def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation") -> pd.DataFrame:
     """The letters that `letters.predict` finds, with logprob_A to logprob_D."""
     return letters.predict(lm, examples, [len(OPTIONS)] * len(examples), evaluation.max_new_tokens.med)
+
+
+def right(answer: str, gold: str) -> bool:
+    return answer == gold
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:

@@ -22,6 +22,7 @@ COMPONENTS = ["execution_accuracy"]
 BINARY = "execution_accuracy"
 GRETEL = {"sql_prompt": "question", "sql_context": "context", "sql": "query"}
 SPIDER = ["db_id", "question", "query", "context"]
+ASKED = [["sql_prompt", "sql_context"], ["question", "context"]]  # of both, what a question needs
 SQLITE = "sqlite"  # what it says of a query
 FILLS, PARSES, RUNS = "context runs", "query is SQL", "query runs in its context"
 OF_CONTEXT = "context: "  # begins what the executor says of a context
@@ -42,6 +43,10 @@ def columns(options: "SqlOptions") -> list[list[str]]:
     return [list(GRETEL), SPIDER]
 
 
+def asked(options: "SqlOptions") -> list[list[str]]:
+    return ASKED
+
+
 def raw_schema(options: "SqlOptions") -> "pa.DataFrameSchema":
     """Checks normalised rows. Which of the two sets of columns must be there is `columns`' matter."""
     import pandera.pandas as pa
@@ -56,12 +61,18 @@ def raw_schema(options: "SqlOptions") -> "pa.DataFrameSchema":
     fills = of_text(lambda said: pc.invert(of_context(said)), FILLS)
     parses = of_text(lambda said: pc.or_(of_context(said), pc.invert(is_syntax(said))), PARSES)
     runs = of_text(lambda said: pc.or_(of_context(said), is_syntax(said)), RUNS)
-    return pa.DataFrameSchema(
+    return question_schema(options).add_columns(
         {
-            **{name: text(required=False) for name in (*GRETEL, *SPIDER)},
+            **{name: text(required=False) for name in ("sql", "query", "db_id")},
             SQLITE: pa.Column(nullable=True, required=False, checks=[fills, parses, runs]),
         }
     )
+
+
+def question_schema(options: "SqlOptions") -> "pa.DataFrameSchema":
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema({name: text(required=False) for names in ASKED for name in names})
 
 
 def tolerated(options: "SqlOptions") -> frozenset[str]:
@@ -71,7 +82,10 @@ def tolerated(options: "SqlOptions") -> frozenset[str]:
 
 def _spelled(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows under our names of the columns, whichever set they are of; without columns of the other set."""
-    return frame[list(GRETEL)].rename(columns=GRETEL) if set(GRETEL) <= set(frame.columns) else frame
+    there = set(frame.columns)
+    if set(GRETEL) <= there or set(ASKED[0]) <= there and not set(SPIDER) <= there:
+        return frame[[name for name in GRETEL if name in there]].rename(columns=GRETEL)
+    return frame
 
 
 def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
@@ -81,9 +95,10 @@ def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
     """
     rows = _spelled(frame)
     names = rows["db_id"] if "db_id" in rows else [None] * len(rows)
+    queries = rows["query"] if "query" in rows else [None] * len(rows)
     said: list[str | None] = []
     with SqlExecutor() as executor:
-        for context, query, name in zip(rows["context"], rows["query"], names, strict=True):
+        for context, query, name in zip(rows["context"], queries, names, strict=True):
             if isinstance(context, str) and isinstance(query, str):
                 file = _database(options.databases, name.strip()) if isinstance(name, str) else None
                 said.append(executor.run(context, query, None if file is None else Path(file)).reason)
@@ -105,6 +120,13 @@ def hint(failures: pd.DataFrame, options: "SqlOptions") -> str | None:
     return None
 
 
+def questions(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
+    rows = _spelled(frame)
+    pairs = zip(rows["context"], rows["question"], strict=True)
+    prompts = [prompt(context.strip(), question.strip()) for context, question in pairs]
+    return pd.DataFrame({"prompt": prompts}, index=frame.index)
+
+
 def to_examples(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
     """Valid normalised rows as prompt, completion, context, question, query, db_id and database; the index stays.
 
@@ -117,7 +139,7 @@ def to_examples(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
     files = [_database(options.databases, name) for name in names]
     return pd.DataFrame(
         {
-            "prompt": [prompt(context, asked) for context, asked in zip(own["context"], own["question"], strict=True)],
+            "prompt": questions(frame, options)["prompt"],
             "completion": [completion(query) for query in own["query"]],
             **own,
             "db_id": pd.Series(names, index=frame.index, dtype=str),
@@ -169,7 +191,7 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
                     "execution_accuracy": float("nan")
                     if left_out
                     else float(same_result(gold, outcome, in_order=has_order(query))),
-                    "exact_match": float(canonical(predicted) == canonical(query)),
+                    "exact_match": float(right(predicted, query)),
                     "valid_sql": float(outcome.ok),
                     "left_out": left_out,
                     "gold_error": gold.reason,
@@ -187,6 +209,11 @@ def _left_out(gold: Outcome, lacks_database: bool) -> str | None:
     if lacks_database:
         return "no_database"
     return None if gold.ok else "gold_does_not_run"
+
+
+def right(answer: str, gold: str) -> bool:
+    """Whether the queries are one in sqlglot's spelling."""
+    return canonical(answer) == canonical(gold)
 
 
 def canonical(query: str) -> str:
