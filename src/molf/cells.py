@@ -4,6 +4,7 @@ from pathlib import Path
 
 from molf import models
 from molf.config import Params
+from molf.errors import UserError
 from molf.evaluation import LanguageModel
 from molf.methods import METHODS
 from molf.paths import BASE_METHOD, MODELS, Cell
@@ -13,9 +14,16 @@ def weights(cell: Cell) -> Path:
     """The folder of a cell's weights; the untrained model's are those of its base.
 
     Raises:
-        UserError: They were not kept and are gone.
+        UserError: They, or the base model, are not here; with the command that brings them.
     """
-    return MODELS / cell.model if cell.method == BASE_METHOD else models.find_weights(cell.weights)
+    base = MODELS / cell.model
+    lacking = [folder for folder in (base, cell.weights) if not folder.is_dir()]
+    if cell.method == BASE_METHOD:
+        lacking = [folder for folder in lacking if folder == base]
+    if lacking:
+        listed = " ".join(map(str, lacking))
+        raise UserError(f"{cell.name}: {listed.replace(' ', ' and ')} not here; `dvc pull {listed}`")
+    return base if cell.method == BASE_METHOD else models.find_weights(cell.weights)
 
 
 def load(cell: Cell, folder: Path, params: Params, progress: bool = False) -> LanguageModel:

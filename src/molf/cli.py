@@ -64,6 +64,21 @@ def run(arguments: Sequence[str]) -> int:
     export.add_argument("directory", type=Path, help="new or empty")
     export.add_argument("--merge", action="store_true", help="write the whole model instead of an adapter")
     export.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
+    predict = commands.add_parser("predict", help="answer a file of prompts with a cell's model")
+    predict.add_argument(
+        "cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S; METHOD base: the model as it came"
+    )
+    predict.add_argument(
+        "file",
+        help="rows with the task's columns, or a column prompt: JSONL, JSON, CSV, TSV, Parquet, also .gz or .zst; "
+        "or .txt with a prompt a line; - reads such lines from a pipe",
+    )
+    predict.add_argument("--with", dest="other", metavar="CELL", help="another cell of that kind of task, beside it")
+    predict.add_argument(
+        "--out", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv (default: JSON lines, or text on a terminal)"
+    )
+    predict.add_argument("--rows", type=int, metavar="N", help="the first N rows only")
+    predict.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: as in evaluation)")
     commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
     ui = commands.add_parser("ui", help="open MLflow's page")
     ui.add_argument("--port", type=int, default=5000)
@@ -98,6 +113,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(lambda: show_lineage(options.cell, options.json))
         case "export":
             return main(lambda: export_cell(options.cell, options.directory, options.merge, options.force))
+        case "predict":
+            return main(lambda: predict_file(options))
         case "track":
             return main(track)
         case "ui":
@@ -277,6 +294,30 @@ def export_cell(name: str, directory: Path, merge: bool, force: bool) -> None:
     from molf.export import export
 
     print("\n".join(export(lineage.find(name), directory, load_params(), merge, force)))
+
+
+def predict_file(options: argparse.Namespace) -> None:
+    """Answers a file of prompts with one cell's model, or with two."""
+    for name in ("rows", "max_new_tokens"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"--{name.replace('_', '-')} {given}: at least 1")
+    params = load_params()
+
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
+    from molf import predict
+    from molf.asking import Asked
+
+    readable = options.out is None and sys.stdout.isatty()
+    names = [options.cell, *([options.other] if options.other else [])]
+    asked = Asked(names, params, options.max_new_tokens, sys.stderr.isatty() and not readable)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON lines are UTF-8 wherever they go; a terminal may not know the rows' letters.
+        sys.stdout.reconfigure(encoding=None if readable else "utf-8", errors="backslashreplace")
+    counts = predict.predict(asked, options.file, options.out, options.rows, readable)
+    if counts is not None:
+        print("\n".join(predict.summary(asked, counts, options.out)), file=sys.stderr)
 
 
 def track() -> None:

@@ -154,14 +154,14 @@ def _read(
             rows = rows[rows["problem"].isna()]
             if rows.empty:
                 continue
-            records = [_record(text) for text in rows["record"]]
+            records = [read_record(text) for text in rows["record"]]
             columns = {
                 column: pd.Series([record.get(column) for record in records], index=rows.index, dtype=object)
                 for column in source["columns"][split]
                 if column in asked
             }
             flat = task.normalise(pd.DataFrame(columns), options)
-            failed = _failures(schema, flat)
+            failed = failed_checks(schema, flat)
             failed["rejected"] = ~failed["check"].isin(tolerated)
             failures.append(_placed(split, failed, rows))
             good = flat[~flat.index.isin(failed.loc[failed["rejected"], "index"])]
@@ -195,7 +195,7 @@ def _read(
     return pool, pd.concat(failures, ignore_index=True), file.metadata.num_rows
 
 
-def _record(text: str) -> dict[str, Any]:
+def read_record(text: str) -> dict[str, Any]:
     """A row from its JSON; texts that no file can hold are marked, so that a check can name them."""
     record: dict[str, Any] = json.loads(text)
     return _marked(record) if "\\ud" in text.lower() else record
@@ -255,7 +255,7 @@ def _placed(split: str, failed: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFram
     )
 
 
-def _failures(schema: Any, frame: pd.DataFrame) -> pd.DataFrame:
+def failed_checks(schema: Any, frame: pd.DataFrame) -> pd.DataFrame:
     """Every failed check: index, column, check, value."""
     from pandera.errors import SchemaErrors
 

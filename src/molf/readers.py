@@ -123,7 +123,7 @@ class RowFile:
         if self.format in (".csv", ".tsv"):
             yield from _csv(self.location, stream, "\t" if self.format == ".tsv" else _comma(stream))
         elif self.format == ".jsonl":
-            yield from _json_lines(_lines(stream))
+            yield from _json_lines(split_lines(stream))
         else:
             yield from _json(self.location, stream)
 
@@ -198,7 +198,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _decode = json.JSONDecoder(object_pairs_hook=_unique).decode
 
 
-def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
+def split_lines(stream: IO[bytes]) -> Iterator[bytes | None]:
     """Lines that end with LF, CR LF or CR; None for one over MAX_LINE bytes."""
     held = b""
     while line := held + stream.readline(MAX_LINE + 1 - len(held)):
@@ -270,7 +270,7 @@ def _json(location: str, stream: IO[bytes]) -> Iterator[Row]:
         return
     found = "another value" if start.strip() else "nothing"
     if start.endswith(b"{"):
-        rows = _json_lines(chain(_lines(io.BytesIO(start + stream.readline(MAX_LINE))), _lines(stream)))
+        rows = _json_lines(chain(split_lines(io.BytesIO(start + stream.readline(MAX_LINE))), split_lines(stream)))
         first, second = next(rows, None), next(rows, None)
         if first is not None and second is not None and first.problem is None:
             yield from chain([first, second], rows)
