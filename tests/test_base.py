@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 COMMIT = "c" * 40
 
 
-def params(model: dict[str, Any]) -> Params:
-    """params.yaml with one more model, `mine`."""
-    data = read_yaml(ROOT / "params.yaml")
+def params(model: dict[str, Any], **sections: Any) -> Params:
+    """params.yaml with one more model, `mine`, and other sections."""
+    data = read_yaml(ROOT / "params.yaml") | sections
     data["models"]["mine"] = model
     return check_params(data, "params.yaml")
 
@@ -100,6 +100,15 @@ def test_pinning_writes_commits_and_says_what_moved(tmp_path: Path) -> None:
     assert again == {"models.mine revision": ("model org/model main", "moved")}
     assert read_json(lock) == {"models.mine": {"revision": "moved"}, "models.other": {"sha256": "1"}}
     assert sources.pinned("models.mine", "revision", lock) == "moved"
+
+
+def test_the_general_text_is_pinned_like_a_task(tmp_path: Path) -> None:
+    data = read_yaml(ROOT / "src/molf/presets/paper.yaml")
+    mine = params({"kind": "path", "path": "x"}, general=data["general"])
+    found = sources.pin(mine, lambda kind, id, revision: f"{kind} {id} {revision}", str, tmp_path / "sources.lock")
+    assert found == {"general revision": (None, "dataset Salesforce/wikitext main")}
+    fixed = params({"kind": "path", "path": "x"}, general=data["general"] | {"revision": COMMIT})
+    assert sources.pin(fixed, lambda *_: "", str, tmp_path / "sources.lock") == {}
 
 
 # --- what lacks ----------------------------------------------------------------------------------------------------

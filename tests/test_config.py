@@ -117,6 +117,20 @@ def test_presets_give_every_task_the_budget_that_they_mean() -> None:
             {"tasks.fact.training": {"steps": 1}},
             "tasks.fact.training.steps: unknown key; remove it or correct its spelling",
         ),
+        (
+            {"general": {"kind": "file", "path": "a.txt", "column": "text", "rows": None, "max_length": 8}},
+            "general: column is 'text', but a.txt is plain text; write column: null",
+        ),
+        (
+            {"general": {"kind": "file", "path": "a.csv", "column": None, "rows": None, "max_length": 8}},
+            "general: column is null; name the column of a.csv that holds the texts (a .txt has none)",
+        ),
+        ({"general.kind": "web"}, "general.kind: 'web' is not known; allowed: 'generated', 'file', 'hub', 'none'"),
+        ({"general.rows": 0}, "general.rows: 0: input should be greater than or equal to 1"),
+        (
+            {"evaluation.weights.threshold": 2.0},
+            "evaluation.weights.threshold: 2.0: input should be less than or equal to 1",
+        ),
         ({"training.dtype": ...}, "training.dtype: missing; `molf preset tiny --dry-run` shows every key"),
         ({"extra": 1}, "extra: unknown key; remove it or correct its spelling"),
     ],
@@ -232,6 +246,7 @@ def test_files_that_lack_are_all_named_before_anything_runs(
     data["models"]["mine"] = {"kind": "path", "path": "no/model"}
     data["tasks"]["med"]["source"] = {"kind": "file", "path": "no/rows.jsonl"}
     data["grid"] |= {"models": ["mine"]}
+    data["general"] = {"kind": "file", "path": "no/text.txt", "column": None, "rows": None, "max_length": 64}
     (tmp_path / "params.yaml").write_text(json.dumps(data))
     monkeypatch.chdir(tmp_path)
     for command in ("check", "run"):
@@ -239,3 +254,4 @@ def test_files_that_lack_are_all_named_before_anything_runs(
         said = capsys.readouterr().err
         assert "models.mine.path: there is no no/model" in said
         assert "tasks.med.source.path: there is no no/rows.jsonl" in said
+        assert "general.path: there is no no/text.txt" in said

@@ -162,7 +162,7 @@ def lacking(params: Params) -> None:
     sources = {f"tasks.{name}.source": params.tasks[name].source for name in params.grid.tasks}
     problems = [
         f"{key}.path: there is no {block.path}"
-        for key, block in {**blocks, **sources}.items()
+        for key, block in {**blocks, **sources, "general": params.general}.items()
         if block.kind in ("path", "file") and not Path(block.path).exists()
     ]
     coded = {

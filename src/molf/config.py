@@ -352,6 +352,65 @@ class MolfEfficientMethod(Block):
 MethodBlock = Annotated[FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod, Field(discriminator="kind")]
 
 
+# --- general -------------------------------------------------------------------------------------------------------
+
+
+class GeneralBase(Block):
+    """Held-out text that is no task's: how much worse a model predicts it after training is what it forgot."""
+
+    license: str = "unknown"  # of the text, in the hub's spelling; shapes no result
+    rows: Count | None  # most texts that are asked, from the first on; null: all
+    max_length: Annotated[int, Field(ge=8)]  # tokens; of a longer text the beginning counts
+
+
+class GeneratedText(GeneralBase):
+    """Text made by the built-in generator."""
+
+    kind: Literal["generated"]
+    path: str  # the generator, which DVC watches
+    seed: Seed
+    rows: Count
+
+
+class FileText(GeneralBase):
+    """A local file: plain text, whose paragraphs are the texts, or a table with a column of texts."""
+
+    kind: Literal["file"]
+    path: str  # .txt, or JSONL, JSON, CSV, TSV, Parquet; relative to the project's root
+    column: str | None  # null: plain text
+
+    @model_validator(mode="after")
+    def _column_fits(self) -> "FileText":
+        plain = self.path.lower().endswith(".txt")
+        if plain and self.column is not None:
+            raise ValueError(f"column is {self.column!r}, but {self.path} is plain text; write column: null")
+        if not plain and self.column is None:
+            raise ValueError(f"column is null; name the column of {self.path} that holds the texts (a .txt has none)")
+        return self
+
+
+class HubText(GeneralBase):
+    """A split of a data set on the Hugging Face hub; pinned as a task's is."""
+
+    kind: Literal["hub"]
+    path: Literal["sources.lock"]
+    id: str
+    revision: str
+    config: str | None
+    split: str  # the data set's own name of it
+    column: str
+
+
+class NoText(Block):
+    """Nothing is asked: what a training forgot is not measured."""
+
+    kind: Literal["none"]
+    path: Literal["sources.lock"]  # DVC wants a file to watch for every kind
+
+
+GeneralBlock = Annotated[GeneratedText | FileText | HubText | NoText, Field(discriminator="kind")]
+
+
 # --- training, evaluation, compare, tracking -----------------------------------------------------------------------
 
 
@@ -410,9 +469,18 @@ class NewTokens(Block):
     choice: Count
 
 
+class WeightChange(Block):
+    """How intruder dimensions are counted (Shuttleworth et al. 2024, arXiv 2410.21228)."""
+
+    top: Count  # singular vectors of each trained weight that are looked at, the largest first
+    # Best cosine with the base weight's singular vectors below which a vector is an intruder.
+    threshold: Annotated[float, Field(gt=0, le=1)]
+
+
 class Evaluation(Block):
     batch_size: Count
     max_new_tokens: NewTokens
+    weights: WeightChange | None  # null: how the weights moved is not measured
 
 
 class Compare(Block):
@@ -431,6 +499,7 @@ class Params(Block):
     models: dict[str, ModelBlock]
     tasks: dict[str, TaskBlock]
     methods: dict[str, MethodBlock]
+    general: GeneralBlock
     training: Training
     checkpoint: Checkpoint
     evaluation: Evaluation

@@ -73,6 +73,8 @@ def sentence(problem: Any, prefix: str = "") -> str:
 
 def _keys(path: list[str]) -> list[str]:
     """The path as it stands in the file: without the tags of discriminated unions, which pydantic puts in between."""
+    if path[:1] == ["general"]:
+        return path[:1] + path[2:]  # section, tag, ...
     if not path or path[0] not in ("models", "tasks", "methods"):
         return path
     keys = path[:2] + path[3:]  # section, name, tag, ...

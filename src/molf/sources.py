@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from molf.config import SHA, SOURCES_LOCK, HubModel, HubSource, Params, UrlSource
+from molf.config import SHA, SOURCES_LOCK, HubModel, HubSource, HubText, Params, UrlSource
 from molf.errors import UserError, first_line
 from molf.paths import read_json, write_json
 
@@ -55,6 +55,8 @@ def pin(
     for name, model in params.models.items():
         if isinstance(model, HubModel) and not SHA.fullmatch(model.revision):
             put(f"models.{name}", "revision", commit("model", model.id, model.revision))
+    if isinstance(params.general, HubText) and not SHA.fullmatch(params.general.revision):
+        put("general", "revision", commit("dataset", params.general.id, params.general.revision))
     for name, task in params.tasks.items():
         if isinstance(task.source, HubSource) and not SHA.fullmatch(task.source.revision):
             put(f"tasks.{name}", "revision", commit("dataset", task.source.id, task.source.revision))

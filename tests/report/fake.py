@@ -85,10 +85,12 @@ def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] 
             "sharding": "auto",
             "keep": "none",
         },
+        "general": {"kind": "none", "path": "sources.lock"},
         "checkpoint": {"minutes": None, "steps": None, "keep": 1},
         "evaluation": {
             "batch_size": 8,
             "max_new_tokens": dict.fromkeys(("sql", "med", "fact", "completion", "choice"), 8),
+            "weights": {"top": 10, "threshold": 0.5},
         },
         "compare": {"margin": 0.015, "confidence": 0.95, "bootstrap": 500, "seed": 0},
         "tracking": {"experiment": "molf"},

@@ -17,7 +17,8 @@ from molf.encoding import Messages
 from molf.tasks import Task
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
-EVALUATION = Evaluation(batch_size=8, max_new_tokens=NewTokens(sql=64, med=4, fact=8, completion=16, choice=4))
+TOKENS = NewTokens(sql=64, med=4, fact=8, completion=16, choice=4)
+EVALUATION = Evaluation(batch_size=8, max_new_tokens=TOKENS, weights=None)
 
 
 class StandIn:
