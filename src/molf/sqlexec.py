@@ -1,39 +1,48 @@
-"""Runs SQL that a model wrote, which is hostile input, in a process of its own with limits.
+"""Runs SQL that a model wrote, which is hostile input: a pool of processes of their own, each within limits.
 
-This file is both sides: `SqlExecutor`, and the worker that it starts from this very file, alone and without the
-package. So it imports the standard library only.
-
-The walls, from the inside out: an authorizer that allows reading and writing the database in memory and nothing else;
-SQLite's own limits on sizes and depths; a time limit for each query; limits on rows and bytes of a result; limits on
-the process (memory, CPU time, no byte written to any file); and a parent that kills and replaces a worker that is
-late. A query that runs into any of them costs its own example only.
+`sqlworker.py` says what the walls are. A query that runs into any of them costs its own example only: a worker that is
+late or dies is killed and replaced, while the others go on.
 """
 
 import json
 import os
 import re
-import select
-import sqlite3
+import selectors
+import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-MAX_SQL = 2_000_000  # bytes of a context or query
-MAX_VALUE = 1_000_000  # bytes of one text, blob or row
-MAX_ROWS = 100_000  # of a result, and of all tables together
-MAX_BYTES = 16_000_000  # of a result's texts and blobs
-HEAP = 256 * 2**20  # bytes that SQLite may hold
-ADDRESS_SPACE = 2**30  # bytes of the worker's whole address space
-FORBIDDEN_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
+from molf import sqlworker
+from molf.errors import RunError
+from molf.sqlworker import Row
 
-Row = tuple[Any, ...]
+MOST_WORKERS = 4  # more hardly pay: this process has its own work with each answer
+AHEAD = 256  # jobs under way or done before the one whose answer is asked for
+AHEAD_BYTES = 128 * 2**20  # of answers that wait for that one; at more, no further job begins
+START_SECONDS = 60  # for a worker's own start
+
+
+@dataclass(frozen=True)
+class Job:
+    """One statement in a fresh database.
+
+    Attributes:
+        context: Script that fills the database; not run where `database` is given.
+        query: The statement; several are refused.
+        database: SQLite file whose copy is the database.
+    """
+
+    context: str
+    query: str
+    database: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,25 +54,141 @@ class Outcome:
         rows: Its result; empty if it returns none.
         tables: What the database holds after a query that writes, by table; None after one that only reads.
         reason: Why it did not run, None if it did.
+        kind: Of the reason, one of `sqlworker.KINDS`; None if it did.
     """
 
     ok: bool
     rows: list[Row]
     tables: dict[str, list[Row]] | None
     reason: str | None
+    kind: str | None = None
+
+
+class _Task:
+    """A job under way, for one or more equal ones of a list."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.uses = 0  # answers still to be given
+        self.answer = b""  # as the worker wrote it; decoded late, since it may be large
+        self.outcome: Outcome | None = None
+
+    @property
+    def done(self) -> bool:
+        return bool(self.answer) or self.outcome is not None
+
+    def result(self) -> Outcome:
+        if self.outcome is None:
+            self.outcome, self.answer = _decoded(self.answer), b""
+        return self.outcome
+
+
+class _Worker:
+    """A process, what it is asked, and what it has answered of that."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(sqlworker.__file__).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            bufsize=0,
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self.stdin.fileno(), False)  # a worker that hangs may not make us hang
+        self.selector = selector
+        selector.register(self.stdout, selectors.EVENT_READ, self)
+        self.ready = False
+        self.task: _Task | None = None
+        self.seconds = 0.0
+        self.deadline = time.monotonic() + START_SECONDS
+        self.outgoing = memoryview(b"")
+        self.incoming: list[bytes] = []
+
+    def give(self, task: _Task, seconds: float) -> None:
+        """Hands it a job; one that is still starting gets it then.
+
+        Args:
+            task: The job.
+            seconds: Of CPU time, for each part of it.
+        """
+        job = task.job
+        request = {
+            "context": job.context,
+            "query": job.query,
+            "database": str(job.database.absolute()) if job.database is not None else None,
+            "seconds": seconds,
+        }
+        # json's default spelling is pure ASCII, so that any text, however broken, crosses the pipe.
+        self.outgoing = memoryview(json.dumps(request).encode() + b"\n")
+        self.task, self.seconds = task, 3 * seconds + 1
+        if self.ready:
+            self._send()
+
+    def _send(self) -> None:
+        self.selector.register(self.stdin, selectors.EVENT_WRITE, self)
+        self._moved()
+
+    def _moved(self) -> None:
+        """Sets its clock back: while bytes pass it does not hang, and they wait for us where we are slow."""
+        self.deadline = time.monotonic() + self.seconds
+
+    def write(self) -> None:
+        """Sends what the pipe takes.
+
+        Raises:
+            BrokenPipeError: The worker is gone.
+        """
+        self.outgoing = self.outgoing[os.write(self.stdin.fileno(), self.outgoing[: 1 << 16]) :]
+        self._moved()
+        if not self.outgoing:
+            self.selector.unregister(self.stdin)
+
+    def read(self) -> None:
+        """Takes what there is of an answer.
+
+        Raises:
+            EOFError: The worker is gone.
+        """
+        self.incoming.append(os.read(self.stdout.fileno(), 1 << 20))
+        self._moved()
+        if not self.incoming[-1]:
+            raise EOFError
+        if not self.incoming[-1].endswith(b"\n"):
+            return
+        line, self.incoming = b"".join(self.incoming), []
+        if not self.ready:
+            self.ready = True
+            self._send()
+        elif self.task is not None:
+            self.task.answer, self.task = line, None
+
+    def end(self) -> int:
+        """Kills it if need be; returns what it ended with."""
+        for pipe in (self.stdin, self.stdout):
+            with suppress(KeyError):
+                self.selector.unregister(pipe)
+            pipe.close()
+        self.process.kill()
+        return self.process.wait()
 
 
 class SqlExecutor:
-    """Runs queries, each in a fresh database in memory, in a worker process that is replaced when it fails.
+    """Runs queries, each in a fresh database in memory, in worker processes that are replaced when they fail.
 
     Args:
-        seconds: Time limit of one query, and of its context's script; the parent's limit on both is three times this
-            and a second.
+        seconds: CPU time that one query may take, and its context's script, and the reading of the tables after it; the
+            limit of all three on the wall's clock is three times this and a second.
+        workers: Processes at most; None: as many as there are cores, up to `MOST_WORKERS`.
     """
 
-    def __init__(self, seconds: float = 2.0) -> None:
+    def __init__(self, seconds: float = 2.0, workers: int | None = None) -> None:
         self.seconds = seconds
-        self._worker: subprocess.Popen[bytes] | None = None
+        self.workers = workers or min(MOST_WORKERS, _cores())
+        self._selector = selectors.DefaultSelector()
+        self._pool: list[_Worker] = []
 
     def __enter__(self) -> "SqlExecutor":
         return self
@@ -72,94 +197,134 @@ class SqlExecutor:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker; the next `run` starts another."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.kill()
-            worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
-                if pipe is not None:
-                    with suppress(BrokenPipeError):
-                        pipe.close()
+        """Ends the workers; it can run nothing after."""
+        for worker in list(self._pool):
+            self._end(worker)
+        self._selector.close()
 
     def run(self, context: str, query: str, database: Path | None = None) -> Outcome:
-        """Runs one statement in a fresh database.
+        """Runs one `Job`."""
+        [outcome] = self.run_all([Job(context, query, database)])
+        return outcome
+
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """Runs jobs side by side; equal ones that are near each other run once.
 
         Args:
-            context: Script that fills the database; not run where `database` is given.
-            query: The statement; several are refused.
-            database: SQLite file whose copy is the database.
+            jobs: Taken while they are needed, so that neither they nor their results need be in memory together.
+
+        Yields:
+            Their outcomes, in their order.
+
+        Raises:
+            RunError: A worker does not start.
         """
-        request = {
-            "context": context,
-            "query": query,
-            "database": str(database.absolute()) if database is not None else None,
-            "seconds": self.seconds,
-        }
+        source = iter(jobs)
+        asked: deque[_Task] = deque()  # in the order of the jobs
+        begin: deque[_Task] = deque()  # of these, what no worker has had
+        known: dict[Job, _Task] = {}
         try:
-            # json's default spelling is pure ASCII, so that any text, however broken, crosses the pipe.
-            answer = self._ask(json.dumps(request).encode() + b"\n", 3 * self.seconds + 1)
-        except TimeoutError:
-            self.close()
-            return Outcome(False, [], None, "killed: over the time limit")
-        except (EOFError, BrokenPipeError):
-            self.close()
-            return Outcome(False, [], None, "killed: the worker died, most likely over the memory or CPU limit")
-        decoded = json.loads(answer, object_hook=_from_json)
-        if "reason" in decoded:
-            return Outcome(False, [], None, decoded["reason"])
-        tables = decoded["tables"]
-        return Outcome(
-            True,
-            [tuple(row) for row in decoded["rows"]],
-            None if tables is None else {name: [tuple(row) for row in rows] for name, rows in tables},
-            None,
-        )
+            while True:
+                held = sum(len(task.answer) for task in asked)
+                while len(asked) < AHEAD and (held < AHEAD_BYTES or not asked):
+                    job = next(source, None)
+                    if job is None:
+                        break
+                    task = known.get(job)
+                    if task is None:
+                        task = known[job] = _Task(job)
+                        begin.append(task)
+                    task.uses += 1
+                    asked.append(task)
+                if not asked:
+                    return
+                if held < AHEAD_BYTES or begin and begin[0] is asked[0]:
+                    self._hand_out(begin)
+                first = asked[0]
+                self._attend(wait=not first.done)
+                if first.done:
+                    asked.popleft()
+                    first.uses -= 1
+                    if not first.uses:
+                        del known[first.job]
+                    yield first.result()
+        finally:
+            for worker in [worker for worker in self._pool if worker.task is not None]:
+                self._end(worker)  # a job that nobody waits for any more
 
-    def _ask(self, request: bytes, seconds: float) -> bytes:
-        """Sends a line and waits for the answering one."""
-        worker = self._worker = self._worker or self._start()
-        assert worker.stdin is not None
-        worker.stdin.write(request)
-        worker.stdin.flush()
-        return _read_line(worker, seconds)
+    def _hand_out(self, tasks: "deque[_Task]") -> None:
+        """Gives tasks to workers that have none, and starts workers for more."""
+        for worker in [worker for worker in self._pool if worker.task is None]:
+            if worker.process.poll() is not None:  # died between two jobs, which costs no example
+                self._end(worker)
+        while tasks:
+            idle = next((worker for worker in self._pool if worker.task is None), None)
+            if idle is None:
+                if len(self._pool) == self.workers:
+                    return
+                idle = _Worker(self._selector)
+                self._pool.append(idle)
+            idle.give(tasks.popleft(), self.seconds)
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        """Starts a worker and waits until it is ready, so that one that cannot start fails no query."""
-        worker = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(__file__).resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-        )
-        try:
-            _read_line(worker, 60)
-        except (TimeoutError, EOFError):
-            from molf.errors import RunError
+    def _attend(self, wait: bool) -> None:
+        """Takes and sends what can be, and parts with workers that are gone or late.
 
-            worker.kill()
-            raise RunError(f"the process that runs SQL does not start: {sys.executable} {__file__}") from None
-        return worker
+        Args:
+            wait: Until there is something; else only what there is already.
+        """
+        deadlines = [worker.deadline for worker in self._pool if worker.task is not None]
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if wait and deadlines else 0.0
+        gone = set()
+        for key, events in self._selector.select(timeout):
+            try:
+                key.data.write() if events & selectors.EVENT_WRITE else key.data.read()
+            except (BrokenPipeError, EOFError):
+                gone.add(key.data)
+        now = time.monotonic()
+        for worker in list(self._pool):
+            task = worker.task
+            late = task is not None and now >= worker.deadline
+            if worker not in gone and not late:
+                continue
+            status = self._end(worker)
+            if not worker.ready:
+                raise RunError(f"the process that runs SQL does not start: {sys.executable} {sqlworker.__file__}")
+            if task is None:
+                continue
+            if late or status == -signal.SIGXCPU:
+                task.outcome = _failed("killed: over the time limit", "time")
+            else:
+                task.outcome = _failed(f"the worker died, with status {status}", "died")
+
+    def _end(self, worker: _Worker) -> int:
+        self._pool.remove(worker)
+        return worker.end()
 
 
-def _read_line(worker: "subprocess.Popen[bytes]", seconds: float) -> bytes:
-    """Reads the worker's one answering line.
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Raises:
-        TimeoutError: It did not come in time.
-        EOFError: The worker is gone.
-    """
-    assert worker.stdout is not None
-    deadline, chunks = time.monotonic() + seconds, [b""]
-    while not chunks[-1].endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([worker.stdout], [], [], left)[0]:
-            raise TimeoutError
-        chunks.append(os.read(worker.stdout.fileno(), 1 << 20))
-        if not chunks[-1]:
-            raise EOFError
-    return b"".join(chunks)
+
+def _failed(reason: str, kind: str) -> Outcome:
+    return Outcome(False, [], None, reason, kind)
+
+
+def _decoded(answer: bytes) -> Outcome:
+    decoded = json.loads(answer, object_hook=_from_json)
+    if "reason" in decoded:
+        return _failed(decoded["reason"], decoded["kind"])
+    tables = decoded["tables"]
+    return Outcome(
+        True,
+        [tuple(row) for row in decoded["rows"]],
+        None if tables is None else {name: [tuple(row) for row in rows] for name, rows in tables},
+        None,
+    )
+
+
+def _from_json(value: dict[str, Any]) -> Any:
+    return bytes.fromhex(value["blob"]) if value.keys() == {"blob"} else value
 
 
 # --- comparing -----------------------------------------------------------------------------------------------------
@@ -191,181 +356,3 @@ def has_order(query: str) -> bool:
         elif depth == 0 and (token[0].isalpha() or token[0] == "_"):
             words.append(token.lower())
     return any(pair == ("order", "by") for pair in zip(words, words[1:], strict=False))
-
-
-# --- the worker ----------------------------------------------------------------------------------------------------
-
-
-def _serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
-    """Answers requests, a line of JSON each, until the parent goes."""
-    _limit_process()
-    stdout.write(b"ready\n")
-    stdout.flush()
-    for line in stdin:
-        request = json.loads(line)
-        _limit_cpu(request["seconds"])
-        try:
-            answer = _execute(request)
-        except MemoryError:
-            answer = {"reason": "out of memory"}
-        except Exception as error:  # whatever hostile text can make sqlite3 raise is a reason, not our failure
-            answer = {"reason": f"{error}"[:500] or type(error).__name__}
-        stdout.write(json.dumps(answer, default=_to_json).encode() + b"\n")
-        stdout.flush()
-
-
-def _limit_process() -> None:
-    import resource
-
-    # FSIZE 0: not one byte into any file.
-    for kind, limit in (
-        (resource.RLIMIT_AS, ADDRESS_SPACE),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, 32),
-    ):
-        with suppress(ValueError, OSError):  # macOS knows no limit of the address space
-            resource.setrlimit(kind, (limit, limit))
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Lets the process have CPU time for one more request; beyond it the kernel ends it."""
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 3 * seconds + 2), hard))
-
-
-def _execute(request: dict[str, Any]) -> dict[str, Any]:
-    connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
-    try:
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        connection.execute("PRAGMA temp_store = MEMORY")
-        connection.execute(f"PRAGMA hard_heap_limit = {HEAP}")
-        if request["database"] is not None:
-            source = sqlite3.connect(f"{Path(request['database']).as_uri()}?mode=ro&immutable=1", uri=True)
-            try:
-                source.backup(connection)
-            finally:
-                source.close()
-        _limit_connection(connection)
-        writes: set[str] = set()
-        connection.set_authorizer(_authorizer(writes))
-        if request["database"] is None:
-            try:
-                with _time_limit(connection, request["seconds"]):
-                    connection.executescript(request["context"])
-            except Exception as error:
-                raise ValueError(f"context: {error}") from None
-        if not re.search(r"[^\s;]", re.sub(r"--[^\n]*|/\*.*?(\*/|$)", " ", request["query"], flags=re.DOTALL)):
-            raise sqlite3.ProgrammingError("no statement")
-        writes.clear()
-        with _time_limit(connection, request["seconds"]):
-            cursor = connection.execute(request["query"])
-            rows = _fetch(cursor, MAX_ROWS)
-        tables = None
-        # A SELECT that uses json_each seems to write the schema table, where SQLite declares json_each's columns.
-        if writes - {"sqlite_master"} or (writes and cursor.description is None):
-            with _time_limit(connection, request["seconds"]):
-                tables = _contents(connection)
-        return {"rows": rows, "tables": tables}
-    finally:
-        connection.close()
-
-
-def _limit_connection(connection: sqlite3.Connection) -> None:
-    for limit, value in (
-        (sqlite3.SQLITE_LIMIT_LENGTH, max(MAX_SQL, MAX_VALUE)),
-        (sqlite3.SQLITE_LIMIT_SQL_LENGTH, MAX_SQL),
-        (sqlite3.SQLITE_LIMIT_COLUMN, 500),
-        (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200),
-        (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 100),
-        (sqlite3.SQLITE_LIMIT_VDBE_OP, 250_000),
-        (sqlite3.SQLITE_LIMIT_FUNCTION_ARG, 32),
-        (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
-        (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 200),
-        (sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 10),
-        (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),
-    ):
-        connection.setlimit(limit, value)
-
-
-def _authorizer(writes: set[str]) -> Callable[..., int]:
-    """Allows statements on the database in memory; notes in `writes` the tables that they write."""
-    allowed = {
-        sqlite3.SQLITE_SELECT,
-        sqlite3.SQLITE_READ,
-        sqlite3.SQLITE_RECURSIVE,
-        sqlite3.SQLITE_TRANSACTION,
-        sqlite3.SQLITE_SAVEPOINT,
-        sqlite3.SQLITE_ANALYZE,
-        sqlite3.SQLITE_REINDEX,
-    }
-    verbs = [f"{verb}_{what}" for verb in ("CREATE", "DROP") for what in ("INDEX", "TABLE", "TRIGGER", "VIEW")]
-    allowed |= {getattr(sqlite3, f"SQLITE_{name}") for name in (*verbs, *(n.replace("_", "_TEMP_") for n in verbs))}
-    # Every CREATE and DROP is one of these too, on the schema table.
-    writing = {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_ALTER_TABLE}
-
-    def authorize(action: int, first: str | None, second: str | None, schema: str | None, source: str | None) -> int:
-        if action == sqlite3.SQLITE_FUNCTION:
-            return sqlite3.SQLITE_DENY if (second or "").lower() in FORBIDDEN_FUNCTIONS else sqlite3.SQLITE_OK
-        if action in writing:
-            writes.add(first or "")
-            return sqlite3.SQLITE_OK
-        # Attach, detach, pragmas, virtual tables and whatever a later SQLite brings.
-        return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
-
-    return authorize
-
-
-@contextmanager
-def _time_limit(connection: sqlite3.Connection, seconds: float) -> Iterator[None]:
-    """Interrupts what the connection does after so many seconds."""
-    deadline = time.monotonic() + seconds
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
-    try:
-        yield
-    finally:
-        connection.set_progress_handler(None, 0)
-        # Asked on success too: a single long operation cannot be interrupted.
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"over the time limit of {seconds:g} s") from None
-
-
-def _fetch(cursor: sqlite3.Cursor, most: int) -> list[Row]:
-    rows, size = [], 0
-    for row in cursor:
-        rows.append(row)
-        size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
-        if len(rows) > most or size > MAX_BYTES:
-            raise OverflowError(f"the result is over {most:,} rows or {MAX_BYTES:,} bytes")
-    return rows
-
-
-def _contents(connection: sqlite3.Connection) -> list[tuple[str, list[Row]]]:
-    """Every table with its rows, named with its columns; and which indexes, triggers and views there are."""
-    schema = connection.execute("SELECT type, name, lower(tbl_name) FROM sqlite_master").fetchall()
-    others = [(kind, table) for kind, _, table in schema if kind != "table"]
-    contents: list[tuple[str, list[Row]]] = [("indexes, triggers, views", others)]
-    left = MAX_ROWS
-    for kind, name, _ in schema:
-        if kind == "table":
-            quoted = name.replace('"', '""')
-            cursor = connection.execute(f'SELECT * FROM "{quoted}"')
-            columns = ", ".join(column[0] for column in cursor.description)
-            rows = _fetch(cursor, left)
-            left -= len(rows)
-            contents.append((f"{name} ({columns})".lower(), rows))
-    return contents
-
-
-def _to_json(value: Any) -> dict[str, str]:
-    return {"blob": value.hex()}
-
-
-def _from_json(value: dict[str, Any]) -> Any:
-    return bytes.fromhex(value["blob"]) if value.keys() == {"blob"} else value
-
-
-if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)

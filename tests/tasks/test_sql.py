@@ -125,7 +125,19 @@ def test_a_gold_query_that_does_not_run_is_left_out_and_counted() -> None:
         "execution_accuracy": 1.0,
         "exact_match": 0.5,
         "valid_sql": 1.0,
+        "errors": {},
     }
+
+
+def test_predictions_that_do_not_run_are_counted_by_kind() -> None:
+    gold = "SELECT name FROM people"
+    said = [gold, "SELECT nme FROM people", "SELECT nm FROM people", "ATTACH 'x' AS x", "", f"{gold}; {gold}"]
+    predictions = scored(gretel(*[gold] * len(said)), said)
+    kinds = ["no_such_column", "no_such_column", "forbidden", "empty", "several_statements"]
+    assert predictions["error_kind"].tolist()[1:] == kinds and pd.isna(predictions["error_kind"][0])
+    scores = sql.metrics(predictions)
+    assert scores["errors"] == {"no_such_column": 2, "forbidden": 1, "empty": 1, "several_statements": 1}
+    assert scores["valid_sql"] == scores["execution_accuracy"] == 1 / 6 and scores["n"] == 6
 
 
 def test_spider_rows_without_their_database_are_not_judged() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from molf.errors import RunError
-from molf.sqlexec import Outcome, SqlExecutor, has_order, same_result
+from molf.sqlexec import Job, Outcome, SqlExecutor, has_order, same_result
 from molf.tasks.columns import is_missing, joined, of_text, prepared, text
 
 if TYPE_CHECKING:
@@ -96,14 +96,15 @@ def normalise(frame: pd.DataFrame, options: "SqlOptions") -> pd.DataFrame:
     rows = _spelled(frame)
     names = rows["db_id"] if "db_id" in rows else [None] * len(rows)
     queries = rows["query"] if "query" in rows else [None] * len(rows)
-    said: list[str | None] = []
+    said: list[str | None] = [None] * len(rows)
+    jobs = {}
+    for i, (context, query, name) in enumerate(zip(rows["context"], queries, names, strict=True)):
+        if isinstance(context, str) and isinstance(query, str):
+            file = _database(options.databases, name.strip()) if isinstance(name, str) else None
+            jobs[i] = Job(context, query, None if file is None else Path(file))
     with SqlExecutor() as executor:
-        for context, query, name in zip(rows["context"], queries, names, strict=True):
-            if isinstance(context, str) and isinstance(query, str):
-                file = _database(options.databases, name.strip()) if isinstance(name, str) else None
-                said.append(executor.run(context, query, None if file is None else Path(file)).reason)
-            else:
-                said.append(None)
+        for i, outcome in zip(jobs, executor.run_all(jobs.values()), strict=True):
+            said[i] = outcome.reason
     # A column of the other set's name is not what that set means by it.
     other = SPIDER if rows is not frame else GRETEL
     own = frame.drop(columns=[name for name in other if name in frame])
@@ -174,18 +175,24 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
 
     Returns:
         example_id, prediction (query), query (gold), and execution_accuracy (0, 1, or NaN where `left_out` says why),
-        exact_match, valid_sql (0 or 1); left_out (reason or None), gold_error, error (what SQLite said, or None).
+        exact_match, valid_sql (0 or 1); left_out (reason or None), gold_error, error (what SQLite said, or None),
+        error_kind (which of `sqlworker.KINDS` the error is, or None).
     """
     predictions = [text.strip() for text in lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens.sql)]
-    columns = [examples[name].tolist() for name in ("context", "query", "db_id", "database")]
+    contexts, golds, names = (examples[name].tolist() for name in ("context", "query", "db_id"))
+    files = [None if is_missing(file) else Path(file) for file in examples["database"]]
+    jobs = [
+        Job(context, query, file)
+        for context, gold, predicted, file in zip(contexts, golds, predictions, files, strict=True)
+        for query in (gold, predicted)
+    ]
     rows = []
     with SqlExecutor() as executor:
-        for predicted, context, query, db_id, file in zip(predictions, *columns, strict=True):
-            database = None if is_missing(file) else Path(file)
-            gold = executor.run(context, query, database)
-            outcome = gold if predicted == query else executor.run(context, predicted, database)
+        outcomes = executor.run_all(jobs)
+        for predicted, query, db_id, file in zip(predictions, golds, names, files, strict=True):
+            gold, outcome = next(outcomes), next(outcomes)
             # Spider's context has tables without rows, on which most queries agree.
-            left_out = _left_out(gold, lacks_database=not is_missing(db_id) and database is None)
+            left_out = _left_out(gold, lacks_database=not is_missing(db_id) and file is None)
             rows.append(
                 {
                     "execution_accuracy": float("nan")
@@ -196,12 +203,11 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
                     "left_out": left_out,
                     "gold_error": gold.reason,
                     "error": outcome.reason,
+                    "error_kind": outcome.kind,
                 }
             )
-    texts = {"left_out": str, "gold_error": str, "error": str}
-    result = pd.DataFrame(
-        {"example_id": examples["example_id"].to_numpy(), "prediction": predictions, "query": columns[1]}
-    )
+    texts = {"left_out": str, "gold_error": str, "error": str, "error_kind": str}
+    result = pd.DataFrame({"example_id": examples["example_id"].to_numpy(), "prediction": predictions, "query": golds})
     return result.join(pd.DataFrame(rows).astype(texts))
 
 
@@ -240,6 +246,8 @@ def canonical(query: str) -> str:
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
     """Execution accuracy over the examples that can be judged (`n`), the other two scores over all.
 
+    `errors` counts, by kind, the predictions that do not run.
+
     Raises:
         RunError: No example can be judged.
     """
@@ -258,4 +266,5 @@ def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         "execution_accuracy": accuracy,
         "exact_match": float(predictions["exact_match"].mean()),
         "valid_sql": float(predictions["valid_sql"].mean()),
+        "errors": {str(kind): int(count) for kind, count in predictions["error_kind"].value_counts().items()},
     }
