@@ -11,6 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from molf.paths import own_tools
+from tests.browser import chromium as chromium
+from tests.browser import window as window
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "../shared/data"

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.browser import Window
 from tests.conftest import Project
 
 pytestmark = pytest.mark.acceptance
 METHODS = ["fft", "lora", "molf", "molf-e"]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +31,6 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Project:
     print(f"\nmolf run on the built-in default: {time.monotonic() - started:.0f} s")
     (project.root / "said.txt").write_text(said)
     return project
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser is here ({', '.join(BROWSERS)})")
-    return found
-
-
-def look(browser: str, url: str, picture: Path, seconds: int = 20) -> str:
-    """Opens a page in a headless browser, takes a picture of it, and returns its document."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        command += [f"--user-data-dir={profile}", "--window-size=1300,1800", f"--virtual-time-budget={seconds * 1000}"]
-        subprocess.run([*command, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=180)
-        done = subprocess.run([*command, "--dump-dom", url], check=True, capture_output=True, text=True, timeout=180)
-    return done.stdout
 
 
 def metrics(project: Project, task: str, method: str) -> dict[str, float]:
@@ -109,11 +89,11 @@ def test_tracking_is_rebuilt_from_the_files(default: Project) -> None:
     assert "15 cells, 0 runs, 0 evaluations, 0 comparisons" in again, again
 
 
-def test_the_report_in_a_browser(default: Project, browser: str, tmp_path: Path) -> None:
-    picture = tmp_path / "report.png"
-    document = look(browser, (default.root / "reports/report.html").as_uri(), picture)
-    assert "generated" in document and all(method in document for method in METHODS)
-    assert len(colours(picture)) > 50
+def test_the_report_in_a_browser(default: Project, window: Window) -> None:
+    window.open(default.root / "reports/report.html")
+    assert "generated" in window.text and all(method in window.text for method in METHODS)
+    assert not window.blank() and not window.errors
+    assert all(url.startswith(("file:", "data:")) for url in window.requests)
 
 
 @pytest.fixture
@@ -144,7 +124,7 @@ def mlflow_page(default: Project) -> Iterator[str]:
         server.wait(timeout=60)
 
 
-def test_mlflows_page_in_a_browser(default: Project, browser: str, mlflow_page: str, tmp_path: Path) -> None:
+def test_mlflows_page_in_a_browser(default: Project, window: Window, mlflow_page: str) -> None:
     request = urllib.request.Request(
         f"{mlflow_page}/api/2.0/mlflow/experiments/search",
         json.dumps({"max_results": 50}).encode(),
@@ -152,18 +132,9 @@ def test_mlflows_page_in_a_browser(default: Project, browser: str, mlflow_page: 
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         experiments = {e["name"]: e["experiment_id"] for e in json.load(answer)["experiments"]}
-    picture = tmp_path / "mlflow.png"
-    document = look(browser, f"{mlflow_page}/#/experiments/{experiments['molf']}/runs", picture, 40)
-    assert "tiny/fact/molf" in document, "the runs do not show"
-    assert len(colours(picture)) > 50
-
-
-def colours(picture: Path) -> set[object]:
-    """The colours of a picture: a blank page has one or two."""
-    from PIL import Image
-
-    image = Image.open(picture).convert("RGB").resize((325, 450))
-    return set(image.get_flattened_data())
+    window.open(f"{mlflow_page}/#/experiments/{experiments['molf']}/runs")
+    window.wait_for("tiny/fact/molf")
+    assert not window.blank()
 
 
 @pytest.mark.timeout(1800)
