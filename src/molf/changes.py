@@ -1,152 +1,24 @@
-"""What changed in the data sets between two versions: rows, and reasons of rejection; no checkout is touched.
+"""What changed in the data sets between two versions: rows, and reasons of rejection; no checkout is touched."""
 
-A version is a git revision, whose files are read out of DVC's cache or remote, or the working tree.
-"""
-
-import hashlib
-import io
 import json
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from molf.config import SPLITS
-from molf.errors import UserError, first_line, plain
+from molf.errors import UserError, plain
 from molf.paths import PREPARED, RAW
+from molf.revisions import Revision, Unavailable, WorkingTree
 from molf.rowdiff import Rows, compare_tables, unread_rows
 
 WIDTH = 100  # characters of a shown value
 KINDS = {"raw": RAW, "prepared": PREPARED}
 REJECTED = "rejected.parquet"
 STATES = {"same": "no change", "new": "made since", "gone": "gone", "none": "not made, then or now"}
-
-
-class Unavailable(Exception):
-    """A file that a version has and that cannot be had here; the message says why and what to type."""
-
-
-class WorkingTree:
-    """The data sets as they lie in the project's folder."""
-
-    name = "the working tree"
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def files(self, folder: Path) -> set[str]:
-        base = self.root / folder
-        return {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
-
-    def md5(self, path: Path) -> str:
-        with self.open(path) as file:
-            return hashlib.file_digest(file, "md5").hexdigest()
-
-    def open(self, path: Path) -> io.BufferedReader:
-        return (self.root / path).open("rb")
-
-    def stale(self, task: str) -> bool:
-        """Whether `fetch` or `prepare` would run now: the files here are not what source and params.yaml make."""
-        from dvc.exceptions import DvcException
-        from dvc.repo import Repo
-
-        try:
-            with Repo(str(self.root)) as repo:
-                return bool(repo.status(targets=[f"fetch@{task}", f"prepare@{task}"]))
-        except DvcException:  # such as a stage that waits for another; the comparison is right all the same
-            return False
-
-
-class Revision:
-    """The data sets at a git revision.
-
-    A file that only the remote has is put into DVC's cache, as `dvc fetch` would.
-
-    Raises:
-        UserError: There is no such revision, or no repository.
-    """
-
-    def __init__(self, root: Path, revision: str) -> None:
-        from dvc.api import DVCFileSystem
-        from dvc.exceptions import DvcException
-        from dvc.repo import Repo
-        from dvc.scm import RevError
-
-        try:
-            # The remote of now: that revision may have had none, or another.
-            with Repo(str(root)) as repo:
-                self._remote: str | None = repo.config["core"].get("remote")
-                known = {"core": {"remote": self._remote}, "remote": dict(repo.config["remote"])}
-            config = known if self._remote else {}
-            # The project may be a folder of a larger repository: paths count from the repository's root.
-            self._files = DVCFileSystem(
-                str(root), rev=revision, subrepos=True, config=config, repo_factory=partial(Repo, config=config)
-            )
-            commit: str = self._files.repo.get_rev()
-            top = Path(self._files.repo.scm.root_dir)
-        except RevError as error:
-            raise UserError(f"{error}; `git log --oneline` lists revisions, a branch or tag does too") from None
-        except DvcException as error:
-            raise UserError(f"{error}: run this in the project's root folder") from None
-        self._base = root.resolve().relative_to(top.resolve())
-        self.name = revision if commit.startswith(revision) else f"{revision} ({commit[:7]})"
-
-    def tasks(self) -> set[str]:
-        """Names of the tasks that have data.
-
-        Raises:
-            UserError: DVC cannot read its files of that revision.
-        """
-        from dvc.exceptions import DvcException
-
-        found = set()
-        for folder in KINDS.values():
-            try:
-                entries = self._files.ls(str(self._base / folder), detail=True)
-            except FileNotFoundError:
-                continue
-            except DvcException as error:
-                raise UserError(f"{self.name}: {error}") from None
-            found |= {Path(entry["name"]).name for entry in entries if entry.get("md5")}
-        return found
-
-    def files(self, folder: Path) -> set[str]:
-        base = self._base / folder
-        try:
-            if not self._files.info(str(base)).get("md5"):  # named in dvc.yaml, and not made then
-                return set()
-            return {str(Path(name).relative_to(base)) for name in self._files.find(str(base))}
-        except FileNotFoundError:
-            return set()
-        except Exception as error:  # whatever DVC's index and the remote's library raise
-            raise self._unavailable(folder, error) from error
-
-    def md5(self, path: Path) -> str:
-        return str(self._files.info(str(self._base / path))["md5"])
-
-    def open(self, path: Path) -> IO[bytes]:
-        try:
-            file: IO[bytes] = self._files.open(str(self._base / path), cache=True)
-            return file
-        except Exception as error:
-            raise self._unavailable(path, error) from error
-
-    def _unavailable(self, path: Path, error: Exception) -> Unavailable:
-        here = f"{path} of {self.name} is not in DVC's cache"
-        fetch = f"dvc fetch --all-commits {Path(*path.parts[:3])}"
-        if self._remote is None:
-            return Unavailable(
-                f"{here} and there is no remote: `dvc remote add -d NAME URL` (docs/data.md), then `{fetch}`"
-            )
-        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
-            return Unavailable(
-                f"{here}, nor in the remote {self._remote}: who made it types `dvc push --all-commits`, then `{fetch}`"
-            )
-        return Unavailable(f"{here} and the remote {self._remote} cannot be read ({first_line(error)}): then `{fetch}`")
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
@@ -182,8 +54,8 @@ def changes(
     """
     before = Revision(root, revision)
     now: WorkingTree | Revision = WorkingTree(root) if to is None else Revision(root, to)
-    later = set(blocks) if isinstance(now, WorkingTree) else now.tasks()
-    names = sorted(before.tasks() | later)
+    later = set(blocks) if isinstance(now, WorkingTree) else _tasks(now)
+    names = sorted(_tasks(before) | later)
     if task is not None:
         if task not in names:
             raise UserError(f"there is no task {task} in {before.name} or in {now.name}; there is {', '.join(names)}")
@@ -193,12 +65,29 @@ def changes(
         here = name in later
         parts = {kind: _part(before, now, folder / name, here, key) for kind, folder in KINDS.items()}
         made = {part["state"] for part in parts.values()} - {"none", "missing", "gone"}
-        stale = isinstance(now, WorkingTree) and bool(made) and now.stale(name)
+        stale = isinstance(now, WorkingTree) and bool(made) and _stale(root, name)
         result[name] = {**parts, "reasons": parts["prepared"].pop("reasons", []), "stale": stale}
     ways = {split["by"] for entry in result.values() for kind in KINDS for split in entry[kind]["splits"].values()}
     if key is not None and "place" in ways and key not in ways:
         raise UserError(f"--key {key}: the rows that changed have no such column; without --key an id is looked for")
     return {"from": before.name, "to": now.name, "tasks": result}
+
+
+def _tasks(version: Revision) -> set[str]:
+    """Names of the tasks that have data."""
+    return {name for folder in KINDS.values() for name in version.outputs(folder)}
+
+
+def _stale(root: Path, task: str) -> bool:
+    """Whether `fetch` or `prepare` would run now: the files here are not what source and params.yaml make."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            return bool(repo.status(targets=[f"fetch@{task}", f"prepare@{task}"]))
+    except DvcException:  # such as a stage that waits for another; the comparison is right all the same
+        return False
 
 
 @dataclass(frozen=True)
