@@ -181,6 +181,34 @@ def test_a_damaged_file_is_a_sentence(project: Path, capsys: pytest.CaptureFixtu
     assert f"`dvc checkout {EVALUATION / 'metrics.json'}` brings it back" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("evaluation/metrics.json", "primary"),
+        ("evaluation/metrics.json", "train_fingerprint"),
+        ("train/run.json", "git_commit"),
+        ("train/run.json", "data"),
+    ],
+)
+def test_a_record_that_lacks_a_key_is_a_sentence(
+    project: Path, capsys: pytest.CaptureFixture[str], file: str, key: str
+) -> None:
+    path = Path("results") / CELL / file
+    write_json(path, {name: value for name, value in read_json(path).items() if name != key})
+    assert run(["lineage", CELL]) == 1
+    said = capsys.readouterr().err
+    assert f"{path} has no {key}" in said and "`dvc repro` makes it anew" in said
+    path.write_text("[]")
+    assert run(["lineage", CELL]) == 1
+    assert f"{path} is no record" in capsys.readouterr().err
+
+
+def test_a_report_that_is_none_is_a_broken_link(project: Path) -> None:
+    write_json(Path("reports/comparison.json"), {"groups": [{"model": "tiny"}]})
+    link = next(link for link in trace(find(CELL), load_params()).links if link.name == "report")
+    assert link.state is State.DIFFERS and "`dvc repro compare` makes it" in link.note
+
+
 def test_what_is_not_here_is_said_with_the_command_that_brings_it(project: Path) -> None:
     for folder in ("weights", "data", "models", "reports"):
         shutil.rmtree(folder)

@@ -13,10 +13,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from molf import closure, errors, models, tracking
+from molf import closure, errors, models, records, tracking
 from molf.config import PARAMS, SPLITS, Params, cell_config, fingerprint, untrained_fingerprint
 from molf.errors import RunError, UserError, first_line
-from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash, read_json
+from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash
 from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
@@ -166,14 +166,18 @@ def trace(cell: Cell, params: Params) -> Chain:
     Args:
         cell: As `find` gives it.
         params: What params.yaml says now.
+
+    Raises:
+        UserError: There is nothing here of the cell.
+        RunError: A record of it is damaged, or lacks what every one holds.
     """
-    metrics = _read(cell.results / "evaluation/metrics.json")
-    run = _read(cell.results / "train/run.json")
+    metrics = records.read(cell.results / "evaluation/metrics.json")
+    run = records.read(cell.results / "train/run.json")
     if metrics is None and run is None:
         raise UserError(
             f"{cell.name}: neither {cell.results}/train/run.json nor its evaluation is here; dvc pull {cell.results}"
         )
-    noted = (_read(cell.results / "train/summary.json") or {}).get("lineage", {})
+    noted = (records.read(cell.results / "train/summary.json") or {}).get("lineage", {})
     seen = (metrics or {}).get("lineage", {})
     links = _scored(cell, metrics, run, seen, params) if metrics else []
     links += _weights(cell, noted, seen)
@@ -259,9 +263,17 @@ def _reported(cell: Cell, metrics: Mapping[str, Any]) -> Link:
     """Whether the report shows this very score."""
     path = REPORTS / "comparison.json"
     value = f"{metrics['primary_name']} {metrics['primary']:.4f}"
-    comparison = _read(path)
+    comparison = records.read_any(path)
     if comparison is None:
         return _away("report", value, path)
+    try:
+        return _shown(cell, metrics, comparison, value, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        note = f"no report of this molf ({type(error).__name__}: {first_line(error)}); `dvc repro compare` makes it"
+        return Link("report", value, str(path), State.DIFFERS, note)
+
+
+def _shown(cell: Cell, metrics: Mapping[str, Any], comparison: Mapping[str, Any], value: str, path: Path) -> Link:
     for group in comparison["groups"]:
         if (group["model"], group["task"]) != (cell.model, cell.task):
             continue
@@ -322,7 +334,7 @@ def _weights(cell: Cell, noted: Mapping[str, Any], seen: Mapping[str, Any]) -> l
     if not cell.weights.is_dir():
         return [_away("weights", value, cell.weights)]
     folder = cell.weights
-    note = _read(folder / models.ELSEWHERE)
+    note = records.read_any(folder / models.ELSEWHERE)
     if note is not None:  # not kept; perhaps still there
         folder = Path(note["path"])
         if not folder.is_dir():
@@ -399,7 +411,7 @@ def _source(task: str, source: Mapping[str, Any] | None) -> list[Link]:
     folder = RAW / task
     if not isinstance(source, Mapping):
         return [Link("source", "unknown", str(folder), State.UNCHECKED, UNNOTED)]
-    now = _read(folder / "source.json")
+    now = records.read_any(folder / "source.json")
     value = quality.origin(source)
     links = [
         _away("source", value, folder)
@@ -484,15 +496,3 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     from molf.report.comparison import changes
 
     return "; ".join(changes(then, now))
-
-
-def _read(path: Path) -> Any:
-    """What a JSON file holds; None where there is none.
-
-    Raises:
-        RunError: It is damaged.
-    """
-    try:
-        return read_json(path) if path.is_file() else None
-    except ValueError as error:
-        raise RunError(f"{path} cannot be read ({error}); `dvc checkout {path}` brings it back") from None
