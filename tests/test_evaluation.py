@@ -1,32 +1,271 @@
-"""Asking a model in a conversation."""
+"""Asking a model: the same answers from one run of a prompt as from a plain forward, whatever the batch."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pytest
 import torch
 
-from molf import tiny
-from molf.encoding import PLAIN_CHAT, Chat
-from molf.evaluation import LanguageModel
+from molf import generate, tiny
+from molf.config import ChoiceOptions, CompletionOptions, MedOptions, NewTokens, NoOptions, SqlOptions
+from molf.encoding import PLAIN_CHAT, Chat, encode_completion, encode_prompt
+from molf.evaluation import LanguageModel, Question
 from molf.models import load_model, load_tokenizer
+from molf.tasks import TASKS
 from tests.conftest import talks
+from tests.tasks.helpers import EVALUATION, with_ids
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": 0.3,  # so that a random model prefers something
+}
+MODELS = ["llama", "qwen2", "gemma3", "lfm2", "bfloat16"]
+WINDOW = 8  # of Gemma's local layers: tokens, fewer than the prompts have
+# Below this the order of two logits is left to chance: sums over another batch are rounded otherwise.
+GAP = 1e-4
 
 
-class Parrot:
-    """A model that says the same to everything."""
+def plain_rows(kind: str, count: int) -> pd.DataFrame:
+    """Prepared rows of a kind, with prompts of very unlike length."""
+    options: Any
+    if kind in ("sql", "med", "fact"):
+        raw = pd.DataFrame(generate.rows(kind, {"test": count}, 3)["test"])
+        options = {"sql": SqlOptions(must_run=True), "med": MedOptions(first_option=1), "fact": NoOptions()}[kind]
+    elif kind == "choice":
+        raw = pd.DataFrame(
+            {
+                "question": ["Which? " * (1 + 7 * (i % 4)) + str(i) for i in range(count)],
+                "options": [["red", "blue", "green", "white", "black"][: 2 + i % 4] for i in range(count)],
+                "answer": ["A"] * count,
+            }
+        )
+        options = ChoiceOptions(question="question", options="options", answer="answer", answer_is="letter")
+    else:
+        lengths = [1 + 11 * (i % 6) for i in range(count)]
+        raw = pd.DataFrame({"q": [f"{i} birds " * n for i, n in enumerate(lengths)], "a": ["some"] * count})
+        options = CompletionOptions(prompt="q", completion="a")
+    task = TASKS[kind]
+    return with_ids(task.to_examples(task.normalise(raw, options), options))
 
-    device = "cpu"
 
-    def __init__(self, ids: list[int]) -> None:
-        self.ids = torch.tensor([ids])
-        self.asked: list[dict[str, Any]] = []
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    texts = [text for kind in ("sql", "med", "fact", "choice") for text in plain_rows(kind, 30)["prompt"]]
+    return tiny.train_tokenizer([*texts, " A B C D E"], 380)
 
-    def eval(self) -> "Parrot":
+
+def network(name: str, tokenizer: Any) -> Any:
+    """A random model."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, Qwen2Config
+
+    shape = SHAPE | {"vocab_size": len(tokenizer)}
+    configs = {
+        "llama": lambda: LlamaConfig(**shape),
+        "qwen2": lambda: Qwen2Config(**shape),
+        "gemma3": lambda: Gemma3TextConfig(
+            **shape,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        # Not all of its layers are attention: a convolution keeps states of its own.
+        "lfm2": lambda: Lfm2Config(**shape, layer_types=["conv", "full_attention"]),
+        "bfloat16": lambda: LlamaConfig(**shape),
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32)
+    return model.to(torch.bfloat16) if name == "bfloat16" else model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    return network(request.param, tokenizer)
+
+
+def forward(model: Any, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities after each token of a text alone, from one forward without padding or cache: float64."""
+    with torch.inference_mode():
+        return torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0].double(), dim=-1)
+
+
+def plain(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:
+    """Log-probabilities of a completion's tokens, from one forward over the pair alone."""
+    before, after = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion)
+    logprobs = forward(model, before + after)
+    return [float(logprobs[len(before) - 1 + i, token]) for i, token in enumerate(after)]
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str, most: int) -> tuple[str, float]:
+    """Greedy text token by token, each from a forward over all before it, and how close its closest call was."""
+    ids = encode_prompt(tokenizer, prompt)
+    start, gap = len(ids), np.inf
+    while len(ids) < start + most:
+        (best, second), tokens = forward(model, ids)[-1].topk(2)
+        gap = min(gap, float(best - second))
+        if tokens[0] == tokenizer.eos_token_id:
+            break
+        ids.append(int(tokens[0]))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True), gap
+
+
+def test_all_answers_are_those_of_plain_forwards(model: Any, tokenizer: Any) -> None:
+    """Of prompts that stand twice, completions of one and of several tokens, such with a common start, and text."""
+    shared = " SELECT name"
+    questions: list[Question] = [
+        ("How many birds have a weight above 10?", [" A", " B", shared + " FROM birds", shared], 6),
+        ("Name", [" SELECT"], 0),
+        ("How many birds have a weight above 10?", [" C", shared + " FROM songs"], 0),
+        ("What is it? " * 12, [" A", " the red one"], 9),
+        ("Name", [], 3),
+        ("The home town of Ada is", [shared, " Arvik"], 0),
+    ]
+    exact = model.dtype == torch.float32
+    for size in (1, 2, 64):
+        answers = LanguageModel(model, tokenizer, batch_size=size).answer(questions)
+        for (prompt, completions, most), answer in zip(questions, answers, strict=True):
+            for completion, logprobs in zip(completions, answer.logprobs, strict=True):
+                assert logprobs.dtype == np.float64
+                expected = plain(model, tokenizer, prompt, completion)
+                assert logprobs == pytest.approx(expected, abs=1e-5 if exact else 0.1)
+            text, gap = greedy(model, tokenizer, prompt, most)
+            assert answer.text == text or gap < (GAP if exact else 0.1)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "bfloat16"])  # which rounds by more than the gap
+def test_predictions_do_not_depend_on_the_batch(name: str, tokenizer: Any, kind: str) -> None:
+    """One at a time and 64 together: whatever is decided by more than `GAP` is decided alike."""
+    model = network(name, tokenizer)
+    rows = plain_rows(kind, 12)
+    most = 5
+    tokens = NewTokens(sql=most, med=most, fact=most, completion=most, choice=most)
+    evaluation = EVALUATION.model_copy(update={"max_new_tokens": tokens})
+    one, many = (
+        TASKS[kind].predict(LanguageModel(model, tokenizer, batch_size=size), rows, evaluation) for size in (1, 64)
+    )
+    assert list(one) == list(many)
+    numbers = [name for name in one.columns.tolist() if "logprob" in name]
+    for column in numbers:
+        for left, right in zip(one[column], many[column], strict=True):
+            assert left == pytest.approx(right, abs=GAP, nan_ok=True)
+    clear = np.array([greedy(model, tokenizer, prompt, most)[1] >= GAP for prompt in rows["prompt"]])
+    for left, right in preferences(one):
+        clear &= np.abs(np.subtract(left, right)) >= GAP
+    assert clear.sum() >= 10  # the test is about something
+    rest = one.columns.difference(numbers)
+    pd.testing.assert_frame_equal(one.loc[clear, rest], many.loc[clear, rest])
+
+
+def preferences(predictions: pd.DataFrame) -> list[tuple[Any, Any]]:
+    """Pairs of log-probabilities, one of each example, whose order decides a score."""
+    if "logprob_A" in predictions:
+        letters = np.sort(np.nan_to_num(predictions.filter(like="logprob_").to_numpy(), nan=-np.inf), axis=1)
+        return [(letters[:, -1], letters[:, -2])]
+    if "rewrite_logprob_new" in predictions:
+        new, true = (
+            [np.concatenate(row) for row in predictions.filter(regex=f"_logprob_{which}$").to_numpy().tolist()]
+            for which in ("new", "true")
+        )
+        closest = [np.abs(a - b).min() for a, b in zip(new, true, strict=True)]
+        return [(closest, np.zeros(len(closest)))]
+    return []
+
+
+def test_an_answer_in_a_conversation_does_not_depend_on_the_batch(base: Path) -> None:
+    asked = [turns[:-1] for turns in talks(7)["messages"]]
+    answers = [
+        LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=size).chat(asked, 5)
+        for size in (1, 8)
+    ]
+    assert answers[0] == answers[1] and any(answers[0])
+
+
+def test_choices_are_told_apart_by_their_last_token(base: Path) -> None:
+    network = load_model(base, torch.float32)
+    lm = LanguageModel(network, load_tokenizer(base), batch_size=4)
+    logprobs, texts = lm.choose(["w1 w2", "w3"], [" w7 w3", " w7 w9"], 2)
+    assert logprobs[0] == pytest.approx(
+        [plain(network, lm.tokenizer, "w1 w2", choice)[1] for choice in (" w7 w3", " w7 w9")], abs=1e-5
+    )
+    assert logprobs.shape == (2, 2) and texts == lm.generate(["w1 w2", "w3"], 2)
+    assert lm.choose([], [" w3"], 2)[0].shape == (0, 1)
+    for choices in ([" w3 w4", " w5 w6"], [" w3", " w3 w4"], [" unknown", " neither"]):
+        with pytest.raises(ValueError, match="apart"):
+            lm.choose(["w1"], choices, 2)
+
+
+class Actor:
+    """A model that says by heart what follows a prompt, and notes what it is run on.
+
+    Args:
+        lines: Token ids of a prompt -> those that follow.
+    """
+
+    device, dtype = "cpu", torch.float32
+
+    def __init__(self, lines: dict[tuple[int, ...], list[int]], vocabulary: int) -> None:
+        self.lines, self.vocabulary = lines, vocabulary
+        self.shapes: list[tuple[int, int]] = []  # rows and tokens of each forward
+        self.layers: list[Any] = []  # of the cache, which this is as well
+        self.rows: list[list[int]] = []  # what is still to be said
+
+    def eval(self) -> "Actor":
         return self
 
-    def generate(self, **asked: Any) -> torch.Tensor:
-        self.asked.append(asked)
-        return torch.cat([asked["input_ids"], self.ids.expand(len(asked["input_ids"]), -1)], dim=1)
+    def reorder_cache(self, index: torch.Tensor) -> None:
+        self.rows = [self.rows[row] for row in index.tolist()]
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any) -> Any:
+        self.shapes.append((input_ids.shape[0], input_ids.shape[1]))
+        assert others["position_ids"].max() < attention_mask.sum(dim=1).max()
+        if others.get("past_key_values") is None:
+            real = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+            self.rows = [[*self.lines[tuple(row)]] for row in real]
+        logits = torch.zeros(len(input_ids), 1, self.vocabulary)
+        for row, rest in enumerate(self.rows):
+            logits[row, 0, rest.pop(0)] = 1
+        return SimpleNamespace(logits=logits, past_key_values=self)
+
+
+def test_a_row_that_is_done_leaves_the_batch(tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    texts = {"A": " B", "How many birds?": " A SELECT name", "Name the birds": "", "B": " D" * 20}
+    lines = {
+        tuple(encode_prompt(tokenizer, prompt)): [*encode_completion(tokenizer, text), end]
+        for prompt, text in texts.items()
+    }
+    actor = Actor(lines, len(tokenizer))
+    lm = LanguageModel(actor, tokenizer, batch_size=8)  # type: ignore[arg-type]
+    assert lm.generate(texts, 50) == list(texts.values())
+    said = sorted((len(line) for line in lines.values()), reverse=True)
+    # A prompt's own run says the first token; after that each row is run as often as it still has something to say.
+    assert actor.shapes[0][0] == len(texts)
+    assert [rows for rows, _ in actor.shapes[1:]] == [sum(n > i for n in said) for i in range(1, said[0])]
+    assert {tokens for _, tokens in actor.shapes[1:]} == {1}
+    # It never runs on beyond the number of tokens, and not at all where none is wanted.
+    actor.shapes.clear()
+    first = tokenizer.decode(encode_completion(tokenizer, texts["B"])[:3])
+    assert lm.generate(["B"], 3) == [first] and len(actor.shapes) == 3
+    assert lm.answer([("A", ["B"], 0)])[0].text == "" and len(actor.shapes) == 4
+
+
+def test_equal_prompts_are_run_once_and_their_completions_without_them(tokenizer: Any) -> None:
+    ids = {text: tuple(encode_prompt(tokenizer, text)) for text in ("How many birds?", "Name the birds")}
+    actor = Actor({line: [5] * 9 for line in ids.values()}, len(tokenizer))
+    lm = LanguageModel(actor, tokenizer, batch_size=8)  # type: ignore[arg-type]
+    lm.answer([(text, ["A", "B"], 0) for text in [*ids, *ids]])
+    assert actor.shapes == [(2, max(map(len, ids.values())))]
 
 
 def test_an_answer_ends_with_the_turn_and_has_nothing_of_the_template() -> None:
@@ -38,22 +277,10 @@ def test_an_answer_ends_with_the_turn_and_has_nothing_of_the_template() -> None:
     chat = Chat(tokenizer)
     assert (chat.before, chat.end) == (" <thought>\n\n", tokenizer.convert_tokens_to_ids("<end>"))
     said = tokenizer.encode(" <thought>\n\nfour and<end>five", add_special_tokens=False)
-    model = Parrot(said)
-    lm = LanguageModel(model, tokenizer, batch_size=2)  # type: ignore[arg-type]
     talk = [{"role": "user", "content": "four"}]
-    assert lm.chat([talk, talk, talk], 9) == ["four and"] * 3
-    config = model.asked[0]["generation_config"]
-    assert config.eos_token_id == [tokenizer.eos_token_id, chat.end] and not config.do_sample
-    assert model.asked[0]["input_ids"].tolist() == [chat.encode_prompt(talk)] * 2
+    alone = encode_prompt(tokenizer, "four")
+    actor = Actor({tuple(chat.encode_prompt(talk)): said, tuple(alone): said}, len(tokenizer))
+    lm = LanguageModel(actor, tokenizer, batch_size=2)  # type: ignore[arg-type]
+    assert lm.chat([talk, talk, talk], len(said)) == ["four and"] * 3
     # Asked without a conversation, the template has no part in it.
-    assert lm.generate(["four"], 9) == [" <thought>\n\nfour and<end>five"]
-    assert model.asked[-1]["generation_config"].eos_token_id == [tokenizer.eos_token_id]
-
-
-def test_an_answer_in_a_conversation_does_not_depend_on_the_batch(base: Path) -> None:
-    asked = [turns[:-1] for turns in talks(7)["messages"]]
-    answers = [
-        LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=size).chat(asked, 5)
-        for size in (1, 8)
-    ]
-    assert answers[0] == answers[1] and any(answers[0])
+    assert lm.generate(["four"], len(said)) == [" <thought>\n\nfour and<end>five"]

@@ -84,8 +84,8 @@ def test_a_cell_learns_records_and_loads(base: Path, tmp_path: Path, method: str
     lm = LanguageModel(model, load_tokenizer(base), batch_size=8)
     untrained = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=8)
     rows = frame()
-    after = sum(float(x.sum()) for x in lm.completion_logprobs(rows["prompt"], rows["completion"]))
-    before = sum(float(x.sum()) for x in untrained.completion_logprobs(rows["prompt"], rows["completion"]))
+    asked = [(prompt, [completion], 0) for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+    after, before = (sum(float(a.logprobs[0].sum()) for a in model.answer(asked)) for model in (lm, untrained))
     assert after > before + 5
 
 
@@ -153,36 +153,6 @@ def test_warm_up_is_a_share_of_the_steps() -> None:
     assert warmup_steps(with_steps, 1000) == 4
     by_epochs = training.model_copy(update={"epochs": 2, "batch_size": 8, "gradient_accumulation": 4, "warmup": 0.1})
     assert warmup_steps(by_epochs, 1000) == 7  # 2 epochs of ceil(125 / 4) = 32 steps
-
-
-def test_generation_and_scores_do_not_depend_on_the_batch(base: Path) -> None:
-    rows = frame(9)
-    results = []
-    for size in (1, 8):
-        lm = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=size)
-        results.append(
-            (
-                lm.generate(rows["prompt"], 5),
-                [x.tolist() for x in lm.completion_logprobs(rows["prompt"], rows["completion"])],
-                lm.choice_logprobs(rows["prompt"], [" w3", " w4"]).tolist(),
-            )
-        )
-    assert results[0][0] == results[1][0]
-    for left, right in zip(results[0][1], results[1][1], strict=True):
-        assert left == pytest.approx(right, abs=1e-4)
-    torch.testing.assert_close(torch.tensor(results[0][2]), torch.tensor(results[1][2]), rtol=0, atol=1e-4)
-
-
-def test_log_probabilities_are_those_of_a_plain_forward(base: Path) -> None:
-    lm = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=4)
-    [scores] = lm.completion_logprobs(["w1 w2"], [" w3 w4"])
-    ids = torch.tensor([[0, 5, 6, 7, 8]])
-    logprobs = torch.log_softmax(lm.model(ids).logits[0].detach(), dim=-1)
-    assert scores.tolist() == pytest.approx([float(logprobs[2, 7]), float(logprobs[3, 8])], abs=1e-5)
-    [choice] = lm.choice_logprobs(["w1 w2"], [" w3", " w9"])
-    assert choice.tolist() == pytest.approx([float(logprobs[2, 7]), float(logprobs[2, 13])], abs=1e-5)
-    with pytest.raises(ValueError, match="apart"):
-        lm.choice_logprobs(["w1"], [" w3 w4", " w5 w6"])
 
 
 def test_a_run_that_moved_nothing_fails(base: Path, tmp_path: Path) -> None:

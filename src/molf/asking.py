@@ -207,7 +207,7 @@ def by_letter(lm: "LanguageModel", prompts: Sequence[str], choices: Sequence[Seq
     """The likeliest of each prompt's own letters, with its probability among them."""
     counts = np.array([len(own) for own in choices])
     names = letters.LETTERS[: counts.max()]
-    logprobs = lm.choice_logprobs(list(prompts), [letters.completion(letter) for letter in names])
+    logprobs, _ = lm.choose(prompts, [letters.completion(letter) for letter in names], max_new_tokens=0)
     logprobs[np.arange(len(names)) >= counts[:, None]] = -np.inf
     shares = np.exp(logprobs - np.logaddexp.reduce(logprobs, axis=1, keepdims=True))
     return [

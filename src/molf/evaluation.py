@@ -1,7 +1,9 @@
-"""Asking a language model, in length-sorted batches: greedy text, log-probabilities, the likeliest choice."""
+"""Asking a language model: how likely completions are and what greedy decoding says, both from one run of a prompt."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,9 +14,36 @@ from molf.encoding import Chat, Messages, encode_completion, encode_prompt, left
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# A prompt, the completions whose log-probabilities are wanted, and the most tokens of greedy text (0: none is wanted).
+# No class, so that a task's module asks without importing torch.
+Question = tuple[str, Sequence[str], int]
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers to a question."""
+
+    logprobs: list[np.ndarray]  # of each completion, of each of its tokens: natural logarithms, float64
+    text: str  # greedy, up to EOS or the question's number of tokens, without special tokens
+
+
+@dataclass
+class _Prompt:
+    """A prompt that is run, whoever asked it, and what it is run for."""
+
+    ids: Ids
+    logprobs: dict[Ids, list[float]] = field(default_factory=dict)  # of each completion; filled in
+    limit: int = 0  # tokens of greedy text
+    said: list[int] = field(default_factory=list)  # filled in
+
 
 class LanguageModel:
     """A model and its tokenizer as the tasks' scorers see them.
+
+    Equal prompts are run once, in batches of like length with padding on the left, where positions count from the
+    first real token. A completion's first token is read off the prompt's last logits; what follows it is run on from
+    the prompt's cache, and so is greedy text.
 
     Args:
         model: Causal language model of transformers; put into evaluation mode.
@@ -31,61 +60,29 @@ class LanguageModel:
         self.batch_size = batch_size
         self.progress = progress
 
-    @torch.inference_mode()
-    def generate(self, prompts: Iterable[str], max_new_tokens: int) -> list[str]:
-        """Greedy text after each prompt, up to EOS or `max_new_tokens` tokens, without special tokens."""
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        return self._continued(encoded, max_new_tokens, [self.tokenizer.eos_token_id])
-
-    @torch.inference_mode()
-    def chat(self, conversations: Iterable[Messages], max_new_tokens: int) -> list[str]:
-        """The assistant's greedy answer to each conversation, up to the end of its turn or `max_new_tokens` tokens.
-
-        What the chat template itself writes before an answer's content is not part of the text.
-        """
-        chat = Chat(self.tokenizer)
-        encoded = [chat.encode_prompt(messages) for messages in conversations]
-        stops = [self.tokenizer.eos_token_id, *([] if chat.end is None else [chat.end])]
-        return [text.removeprefix(chat.before) for text in self._continued(encoded, max_new_tokens, stops)]
-
-    def _continued(self, encoded: list[list[int]], max_new_tokens: int, stops: list[int]) -> list[str]:
-        """Greedy text after each sequence, up to the first of the `stops` tokens, without special tokens."""
-        texts = [""] * len(encoded)
-        for rows in self._batches([len(ids) for ids in encoded], "generate"):
-            inputs = self._inputs([encoded[i] for i in rows])
-            output = self.model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                generation_config=self._greedy(max_new_tokens, stops),
-            )
-            # A token that ends a turn need not be one that decoding leaves out.
-            new = [_before(stops, row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
-            for i, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                texts[i] = text
-        return texts
-
-    @torch.inference_mode()
-    def completion_logprobs(self, prompts: Iterable[str], completions: Iterable[str]) -> list[np.ndarray]:
-        """Natural log-probability of each token of each completion after its prompt: one float64 array a pair."""
-        pairs = [
-            (encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion))
-            for prompt, completion in zip(prompts, completions, strict=True)
+    def answer(self, questions: Iterable[Question]) -> list[Answer]:
+        """Answers in the order of the questions."""
+        asked = list(questions)
+        prompts = {text: tuple(encode_prompt(self.tokenizer, text)) for text in {text for text, _, _ in asked}}
+        texts = {text for _, completions, _ in asked for text in completions}
+        encoded = {text: tuple(encode_completion(self.tokenizer, text)) for text in texts}
+        distinct: dict[Ids, _Prompt] = {}
+        for text, completions, limit in asked:
+            prompt = distinct.setdefault(prompts[text], _Prompt(prompts[text]))
+            prompt.logprobs.update({encoded[completion]: [] for completion in completions})
+            prompt.limit = max(prompt.limit, limit)
+        self._run(list(distinct.values()), [self.tokenizer.eos_token_id])
+        found = [distinct[prompts[text]] for text, _, _ in asked]
+        said = self._text([prompt.said[:limit] for prompt, (_, _, limit) in zip(found, asked, strict=True)])
+        return [
+            Answer([np.array(prompt.logprobs[encoded[completion]]) for completion in completions], greedy)
+            for prompt, (_, completions, _), greedy in zip(found, asked, said, strict=True)
         ]
-        result: list[np.ndarray] = [np.empty(0)] * len(pairs)
-        for rows in self._batches([len(prompt) + len(completion) for prompt, completion in pairs], "score"):
-            longest = max(len(pairs[i][1]) for i in rows)
-            # The last token predicts nothing that is asked for, so it need not be run.
-            logits = self._logits([(pairs[i][0] + pairs[i][1])[:-1] for i in rows], keep=longest)
-            logprobs = torch.log_softmax(logits.float(), dim=-1)
-            for row, i in enumerate(rows):
-                ids = torch.tensor(pairs[i][1], device=logprobs.device)
-                tail = logprobs[row, -len(ids) :]
-                result[i] = tail.gather(1, ids[:, None])[:, 0].double().cpu().numpy()
-        return result
 
-    @torch.inference_mode()
-    def choice_logprobs(self, prompts: Iterable[str], choices: Sequence[str]) -> np.ndarray:
-        """Natural log-probability of each choice right after each prompt, one forward a prompt: (prompts, choices).
+    def choose(
+        self, prompts: Iterable[str], choices: Sequence[str], max_new_tokens: int
+    ) -> tuple[np.ndarray, list[str]]:
+        """Natural log-probability of each choice right after each prompt, (prompts, choices), and the greedy texts.
 
         A tokenizer that splits the choices into several tokens must do so alike but for the last one; the shared tokens
         then belong to the prompt.
@@ -94,45 +91,149 @@ class LanguageModel:
             ValueError: The choices do not differ in just their last token.
         """
         ids = [encode_completion(self.tokenizer, choice) for choice in choices]
-        shared = ids[0][:-1]
-        last = [choice[-1] for choice in ids]
-        if any(choice[:-1] != shared for choice in ids) or len(set(last)) < len(last):
+        if any(choice[:-1] != ids[0][:-1] for choice in ids) or len({choice[-1] for choice in ids}) < len(ids):
             raise ValueError(f"the tokenizer does not tell {list(choices)} apart by one last token: {ids}")
-        encoded = [encode_prompt(self.tokenizer, prompt) + shared for prompt in prompts]
-        result = np.empty((len(encoded), len(choices)))
-        for rows in self._batches([len(sequence) for sequence in encoded], "choose"):
-            logits = self._logits([encoded[i] for i in rows], keep=1)[:, -1]
-            result[rows] = torch.log_softmax(logits.float(), dim=-1)[:, last].double().cpu().numpy()
-        return result
+        answers = self.answer((prompt, choices, max_new_tokens) for prompt in prompts)
+        logprobs = np.array([[of_tokens[-1] for of_tokens in answer.logprobs] for answer in answers])
+        return logprobs.reshape(len(answers), len(choices)), [answer.text for answer in answers]
 
-    def _logits(self, sequences: list[list[int]], keep: int) -> torch.Tensor:
-        """Logits of the last `keep` positions: (sequences, keep, vocabulary)."""
-        return self.model(**self._inputs(sequences), logits_to_keep=keep, use_cache=False).logits
+    def generate(self, prompts: Iterable[str], max_new_tokens: int) -> list[str]:
+        """Greedy text after each prompt, up to EOS or `max_new_tokens` tokens, without special tokens."""
+        return [answer.text for answer in self.answer((prompt, (), max_new_tokens) for prompt in prompts)]
 
-    def _inputs(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
-        padded = left_pad(sequences, self.tokenizer.pad_token_id)
-        return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+    def chat(self, conversations: Iterable[Messages], max_new_tokens: int) -> list[str]:
+        """The assistant's greedy answer to each conversation, up to the end of its turn or `max_new_tokens` tokens.
 
-    def _greedy(self, max_new_tokens: int, stops: list[int]):  # type: ignore[no-untyped-def]  # transformers is imported late
-        from transformers import GenerationConfig
+        What the chat template itself writes before an answer's content is not part of the text.
+        """
+        chat = Chat(self.tokenizer)
+        prompts = [_Prompt(tuple(chat.encode_prompt(messages)), limit=max_new_tokens) for messages in conversations]
+        self._run(prompts, [self.tokenizer.eos_token_id, *([] if chat.end is None else [chat.end])])
+        return [text.removeprefix(chat.before) for text in self._text([prompt.said for prompt in prompts])]
 
-        # A model's own generation defaults (sampling, top-k) must not reach a score.
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=self.tokenizer.pad_token_id,
-            bos_token_id=self.tokenizer.bos_token_id,
-        )
+    def _text(self, said: list[list[int]]) -> list[str]:
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
 
-    def _batches(self, lengths: list[int], what: str) -> Iterator[list[int]]:
-        """Indices in batches of like length, the longest first, so that too little memory shows at once."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    @torch.inference_mode()
+    def _run(self, prompts: list[_Prompt], stops: Sequence[int]) -> None:
+        """Fills in what the prompts are run for; greedy text ends before the first of the `stops` tokens."""
+        for batch in self._batches(prompts):
+            padded = left_pad([prompt.ids for prompt in batch], self.tokenizer.pad_token_id)
+            inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+            goes_on = any(prompt.limit > 1 or any(len(ids) > 1 for ids in prompt.logprobs) for prompt in batch)
+            output = self.model(**inputs, logits_to_keep=1, use_cache=goes_on)
+            state = _State(inputs["attention_mask"], output.past_key_values if goes_on else None, output.logits[:, -1])
+            self._score(batch, state)
+            texts = [row for row, prompt in enumerate(batch) if prompt.limit]
+            if len(texts) < len(batch):
+                state.take(texts)
+            self._continue([batch[row] for row in texts], state, stops)
+
+    def _score(self, batch: list[_Prompt], state: "_State") -> None:
+        """Fills in the completions' log-probabilities."""
+        # The first tokens follow the prompts themselves.
+        pairs = [(row, ids) for row, prompt in enumerate(batch) for ids in prompt.logprobs]
+        firsts = _gathered(state.logits[:, None], [(row, 0, ids[0]) for row, ids in pairs])
+        for (row, ids), logprob in zip(pairs, firsts, strict=True):
+            batch[row].logprobs[ids] = [logprob]
+        # The others follow a beginning; what has the same one, such as choices of one last token, shares its run. A
+        # completion's last token predicts nothing that is asked for, so it is not run.
+        beginnings: dict[tuple[int, Ids], list[Ids]] = {}
+        for row, ids in pairs:
+            if len(ids) > 1:
+                beginnings.setdefault((row, ids[:-1]), []).append(ids)
+        order = sorted(beginnings, key=lambda beginning: -len(beginning[1]))
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            logits = self._after(state.branch([row for row, _ in chunk]), [ids for _, ids in chunk])
+            wanted = [(at, row, ids) for at, (row, begun) in enumerate(chunk) for ids in beginnings[row, begun]]
+            places = [(at, i, token) for at, _, ids in wanted for i, token in enumerate(ids[1:])]
+            logprobs = iter(_gathered(logits, places))
+            for _, row, ids in wanted:
+                batch[row].logprobs[ids] += [next(logprobs) for _ in ids[1:]]
+
+    def _after(self, state: "_State", sequences: list[Ids]) -> torch.Tensor:
+        """Logits after each token of sequences that follow a state's rows: (rows, longest, vocabulary)."""
+        longest = max(map(len, sequences))
+        # On the right: no token sees what comes after it.
+        padded = [[*ids, *[self.tokenizer.pad_token_id] * (longest - len(ids))] for ids in sequences]
+        return self.model(**state.next(torch.tensor(padded, device=self.model.device))).logits
+
+    def _continue(self, prompts: list[_Prompt], state: "_State", stops: Sequence[int]) -> None:
+        """Fills in greedy text, token by token; a row that is done leaves the batch."""
+        while prompts:
+            tokens = state.logits.argmax(dim=-1)
+            going = []
+            for row, (prompt, token) in enumerate(zip(prompts, tokens.tolist(), strict=True)):
+                if token not in stops:
+                    prompt.said.append(token)
+                    if len(prompt.said) < prompt.limit:
+                        going.append(row)
+            if len(going) < len(prompts):
+                prompts, tokens = [prompts[row] for row in going], tokens[going]
+                state.take(going)
+            if prompts:
+                state.logits = self.model(**state.next(tokens[:, None])).logits[:, -1]
+
+    def _batches(self, prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
+        """Batches of like length, those with greedy text together and first; then the longest first.
+
+        So too little memory shows at once.
+        """
+        order = sorted(prompts, key=lambda prompt: (prompt.limit == 0, -len(prompt.ids)))
         starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=what, unit="batch", disable=not self.progress, leave=False):
+        for start in tqdm(starts, desc="asking", unit="batch", disable=not self.progress, leave=False):
             yield order[start : start + self.batch_size]
 
 
-def _before(stops: Sequence[int], ids: list[int]) -> list[int]:
-    """The ids up to the first of the `stops`."""
-    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+@dataclass
+class _State:
+    """Sequences that were run so far, a row each, and where they go on.
+
+    Attributes:
+        mask: Which of the positions so far are real: (rows, positions).
+        cache: Of transformers; None where nothing goes on.
+        logits: After the last position: (rows, vocabulary).
+    """
+
+    mask: torch.Tensor
+    cache: Any
+    logits: torch.Tensor
+
+    def take(self, rows: list[int]) -> None:
+        """Goes on with some of the rows, in the given order, one of them perhaps several times."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
+        self.mask, self.logits = self.mask[index], self.logits[index]
+        if self.cache is not None:
+            self.cache.reorder_cache(index)
+
+    def branch(self, rows: list[int]) -> "_State":
+        """A state of its own for some of the rows, while this one can go on otherwise."""
+        cache = copy.copy(self.cache)
+        # Taking rows makes new tensors, so only what holds them is copied; recurrent layers have dictionaries of them.
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            vars(layer).update({name: copy.copy(held) for name, held in vars(layer).items() if isinstance(held, dict)})
+        branched = _State(self.mask, cache, self.logits)
+        branched.take(rows)
+        return branched
+
+    def next(self, ids: torch.Tensor) -> dict[str, Any]:
+        """The model's arguments for tokens that follow, (rows, tokens), which from now on belong to the state."""
+        positions = self.mask.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        return {
+            "input_ids": ids,
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+
+
+def _gathered(logits: torch.Tensor, places: list[tuple[int, int, int]]) -> list[float]:
+    """Natural log-probabilities at places (row, position, token) of logits (rows, positions, vocabulary)."""
+    if not places:
+        return []
+    index = torch.tensor(places, device=logits.device)
+    return torch.log_softmax(logits.float(), dim=-1)[tuple(index.T)].double().tolist()

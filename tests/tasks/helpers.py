@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from molf.config import Evaluation, NewTokens
 from molf.encoding import Messages
+from molf.evaluation import Answer, Question
 from molf.tasks import Task
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -41,15 +42,24 @@ class StandIn:
         self.calls.append(f"chat {max_new_tokens}")
         return [self.says(talk[-1]["content"]) for talk in conversations]
 
-    def completion_logprobs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
-        self.calls.append("completion_logprobs")
+    def answer(self, questions: Iterable[Question]) -> list[Answer]:
+        self.calls.append("answer")
         assert self.logprobs is not None
-        return [np.array(self.logprobs(*pair)) for pair in zip(prompts, completions, strict=True)]
+        return [
+            Answer(
+                [np.array(self.logprobs(prompt, completion)) for completion in completions],
+                self.says(prompt) if longest else "",
+            )
+            for prompt, completions, longest in questions
+        ]
 
-    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> np.ndarray:
-        self.calls.append("choice_logprobs")
+    def choose(
+        self, prompts: Sequence[str], choices: Sequence[str], max_new_tokens: int
+    ) -> tuple[np.ndarray, list[str]]:
+        self.calls.append(f"choose {max_new_tokens}")
         assert self.logprobs is not None
-        return np.array([[self.logprobs(prompt, choice)[0] for choice in choices] for prompt in prompts])
+        logprobs = np.array([[self.logprobs(prompt, choice)[0] for choice in choices] for prompt in prompts])
+        return logprobs, [self.says(prompt) if max_new_tokens else "" for prompt in prompts]
 
 
 def real(name: str) -> pd.DataFrame:

@@ -271,7 +271,7 @@ def test_scores_of_hand_made_answers() -> None:
         lambda prompt, option: [-0.1 if option == f" {likes[place[prompt]]}" else -3.0 - (option > " B")],
     )
     predictions = choice.predict(lm, made, EVALUATION)  # type: ignore[arg-type]
-    assert lm.calls == ["choice_logprobs", "generate 4"]
+    assert lm.calls == ["choose 4"]
     # The second row has no D, so that the likeliest of its own letters counts.
     assert predictions["prediction"].tolist() == ["A", "A", "C"]
     assert choice.metrics(predictions) == {

@@ -117,7 +117,7 @@ def test_scores_of_hand_made_log_probabilities() -> None:
     said = {"p0": " New York", "p1": "New", "p2": " old", "p3": ""}
     lm = StandIn(said.__getitem__, lambda prompt, completion: logprobs[prompt, completion])
     predictions = fact.predict(lm, examples, EVALUATION)  # type: ignore[arg-type]
-    assert lm.calls == ["completion_logprobs", "generate 8"]
+    assert lm.calls == ["answer"]
     assert predictions["efficacy"].tolist() == [1, 1, 0, 0]
     assert predictions["efficacy_first_token"].tolist() == [1, 0, 0, 1]
     assert predictions["paraphrase"].tolist() == [0.5, 1, 0, 1]

@@ -79,7 +79,7 @@ def test_scores_of_hand_made_answers() -> None:
         lambda prompt, choice: [-0.1 if choice == f" {likeliest[place[prompt]]}" else -3.0],
     )
     predictions = med.predict(lm, examples, EVALUATION)  # type: ignore[arg-type]
-    assert lm.calls == ["choice_logprobs", "generate 4"]
+    assert lm.calls == ["choose 4"]
     assert predictions["prediction"].tolist() == likeliest
     assert predictions["example_id"].tolist() == examples["example_id"].tolist()
     assert predictions["logprob_A"].tolist() == [-0.1, -3.0, -0.1, -3.0]

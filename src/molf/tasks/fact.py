@@ -140,27 +140,29 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, evaluation: "Evaluation
         "neighborhood": [as_list(prompts) for prompts in examples["neighborhood_prompts"]],
     }
     targets = list(zip(examples["target_new"], examples["target_true"], strict=True))
-    asked = [
-        (question, completion(target))
-        for lists in groups.values()
-        for questions, pair in zip(lists, targets, strict=True)
-        for question in questions
-        for target in pair
-    ]
-    # One call for everything, so that batches fill.
-    answers = iter(lm.completion_logprobs([question for question, _ in asked], [target for _, target in asked]))
+    longest = {"rewrite": evaluation.max_new_tokens.fact}
+    # One call for everything, so that batches fill and equal prompts are run once.
+    answers = iter(
+        lm.answer(
+            (question, [completion(target) for target in pair], longest.get(group, 0))
+            for group, lists in groups.items()
+            for questions, pair in zip(lists, targets, strict=True)
+            for question in questions
+        )
+    )
     result: dict[str, list[Any]] = {"first_new": [], "first_true": []}
+    generated = []
     for group, lists in groups.items():
         new_means, true_means = [], []
         for questions in lists:
-            pairs = [(next(answers), next(answers)) for _ in questions]
-            new_means.append([float(new.mean()) for new, _ in pairs])
-            true_means.append([float(true.mean()) for _, true in pairs])
+            answered = [next(answers) for _ in questions]
+            new_means.append([float(answer.logprobs[0].mean()) for answer in answered])
+            true_means.append([float(answer.logprobs[1].mean()) for answer in answered])
             if group == "rewrite":
-                result["first_new"].append(float(pairs[0][0][0]))
-                result["first_true"].append(float(pairs[0][1][0]))
+                generated.append(answered[0].text)
+                result["first_new"].append(float(answered[0].logprobs[0][0]))
+                result["first_true"].append(float(answered[0].logprobs[1][0]))
         result[f"{group}_logprob_new"], result[f"{group}_logprob_true"] = new_means, true_means
-    generated = lm.generate(examples["prompt"].tolist(), evaluation.max_new_tokens.fact)
     return pd.DataFrame(
         {
             "example_id": examples["example_id"].to_numpy(),

@@ -50,7 +50,7 @@ def listed(prompt: str) -> list[str]:
 
 
 def predict(lm: "LanguageModel", examples: pd.DataFrame, counts: Sequence[int], max_new_tokens: int) -> pd.DataFrame:
-    """The likeliest letter of each example in one forward, and the letter that greedy text begins with.
+    """The likeliest letter of each example and the letter that greedy text begins with, from one run of the prompt.
 
     Args:
         lm: Who is asked.
@@ -64,9 +64,8 @@ def predict(lm: "LanguageModel", examples: pd.DataFrame, counts: Sequence[int], 
         accuracy_generated, invalid (the text begins with none of the example's letters).
     """
     prompts, letters = examples["prompt"].tolist(), LETTERS[: max(counts)]
-    logprobs = lm.choice_logprobs(prompts, [completion(letter) for letter in letters])
+    logprobs, generated = lm.choose(prompts, [completion(letter) for letter in letters], max_new_tokens)
     logprobs[np.arange(len(letters)) >= np.asarray(counts)[:, None]] = np.nan
-    generated = lm.generate(prompts, max_new_tokens)
     likeliest = [letters[i] for i in np.nanargmax(logprobs, axis=1)]
     said = [parse_letter(text, count) for text, count in zip(generated, counts, strict=True)]
     answers = examples["answer"].tolist()
