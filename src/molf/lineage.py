@@ -493,6 +493,6 @@ def _away(name: str, value: str, path: Path) -> Link:
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    from molf.report.comparison import changes
+    from molf.report.results import changes
 
     return "; ".join(changes(then, now))

@@ -16,6 +16,8 @@ MODULES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.
 EXPERTS = {"molf": ["full", "lora_r8"], "molf-e": ["lora_r4", "lora_r8"]}
 # Right answers of 40 on sql, by method; fact's three components are shifted from these.
 RIGHT = {"base": 4, "fft": 30, "lora": 20, "molf": 32, "molf-e": 22}
+HOSTILE = "<script>alert(1)</script>"
+TEXTS = 12  # general texts; a method's place in the grid is how many nats each of them got worse by
 
 
 def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] 
             "max_new_tokens": dict.fromkeys(("sql", "med", "fact", "completion", "choice"), 8),
             "weights": {"top": 10, "threshold": 0.5},
         },
-        "compare": {"margin": 0.015, "confidence": 0.95, "bootstrap": 500, "seed": 0},
+        "compare": {"margin": 0.05, "confidence": 0.95, "bootstrap": 500, "seed": 0},
         "tracking": {"experiment": "molf"},
     }
 
@@ -183,6 +185,10 @@ def write_cell(root: Path, params: Params, cell: Cell) -> None:
         "trained_parameters": 10**6 * (4 - place),
         "total_parameters": 4 * 10**6,
         "weights_bytes": 10**7,
+        "energy_joules": 100.0 * (4 - place),
+        "energy_source": "CPU packages (RAPL)",
+        "other_load": 0.1,
+        "contended": False,
         "examples": 48,
         "dropped_too_long": 0,
         "routing": routing,
@@ -208,17 +214,32 @@ def write_cell(root: Path, params: Params, cell: Cell) -> None:
 
 
 def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str, params: Params) -> None:
-    """Writes predictions: `RIGHT[method]` right answers, one fewer for each further seed, the last example left out."""
+    """Writes predictions: `RIGHT[method]` right answers, one fewer for each further seed, the last example left out.
+
+    The paper's own score (sql's `exact_match`, fact's `efficacy_first_token`) has two right answers fewer, over all.
+    """
     right = RIGHT[cell.method] - cell.seed
     hits = np.array([1.0] * right + [0.0] * (EXAMPLES - right))
-    columns = {"sql": {"execution_accuracy": hits}, "fact": {}}[kind]
-    if kind == "fact":
-        columns = {name: np.roll(hits, i) for i, name in enumerate(("efficacy", "paraphrase", "neighborhood"))}
+    fewer = np.array([1.0] * (right - 2) + [0.0] * (EXAMPLES - right + 2))
+    components = {
+        "sql": ["execution_accuracy"],
+        "med": ["accuracy"],
+        "fact": ["efficacy", "paraphrase", "neighborhood"],
+    }[kind]
+    gold = [f"answer {i}" for i in range(EXAMPLES)]
     predictions = pd.DataFrame(
-        {"example_id": [f"e{i}" for i in range(EXAMPLES)], "prediction": "<script>alert(1)</script>", **columns}
+        {
+            "example_id": [f"e{i}" for i in range(EXAMPLES)],
+            "prediction": [text if hit else f"{HOSTILE} {text}" for text, hit in zip(gold, hits, strict=True)],
+            "prompt": [f"question {i}: {HOSTILE} & how?" for i in range(EXAMPLES)],
+            "gold": gold,
+            **{name: np.roll(hits, i) for i, name in enumerate(components)},
+        }
     )
-    predictions.loc[EXAMPLES - 1, list(columns)] = np.nan
-    means = predictions[list(columns)].mean()
+    predictions.loc[EXAMPLES - 1, components] = np.nan
+    others = {"sql": ("exact_match", "valid_sql"), "med": (), "fact": ("efficacy_first_token", "accuracy")}[kind]
+    predictions = predictions.assign(**dict.fromkeys(others, fewer))
+    means = predictions[components].mean()
     primary = float(len(means) / (1 / means).sum())
     folder = root / cell.results / "evaluation"
     write_parquet(folder / "predictions.parquet", predictions)
@@ -231,14 +252,69 @@ def write_evaluation(root: Path, cell: Cell, kind: str, train_fingerprint: str, 
         "evaluation": params.evaluation.model_dump(mode="json"),
         "code": "e" * 16,
         "primary": primary,
-        "primary_name": {"sql": "execution_accuracy", "fact": "score"}[kind],
+        "primary_name": {"sql": "execution_accuracy", "med": "accuracy", "fact": "score"}[kind],
         "n": EXAMPLES - 1,
         "left_out": {"gold does not run": 1} if kind == "sql" else {},
-        "metrics": {name: float(value) for name, value in means.items()},
+        "metrics": {name: float(predictions[name].mean()) for name in (*components, *others)},
         "seconds": 1.0,
+        "general": write_general(folder, params, cell),
+        "weights": None if cell.method == "base" else write_weights(folder, params, cell),
         "lineage": {
             "predictions": {"path": "predictions.parquet", "sha256": file_hash(folder / "predictions.parquet")},
             "weights": {"hash": f"weights-of-{cell.method}"},
         },
     }
     write_json(folder / "metrics.json", metrics)
+
+
+def write_general(folder: Path, params: Params, cell: Cell) -> dict[str, Any]:
+    """Writes the loss on general texts, which grows with the method's place in the grid; returns its summary."""
+    place = 0 if cell.method == "base" else 1 + params.grid.methods.index(cell.method)
+    texts = np.arange(TEXTS)
+    frame = pd.DataFrame(
+        {
+            "text_id": [f"t{i}" for i in texts],
+            "tokens": 20 + texts,
+            "bytes": 80 + 4 * texts,
+            "nll": 2.0 * (20 + texts) + place * (1 + 0.1 * np.cos(texts + cell.seed)),
+        }
+    )
+    write_parquet(folder / "general.parquet", frame)
+    loss = float(frame["nll"].sum() / frame["tokens"].sum())
+    return {
+        "loss": loss,
+        "bits_per_byte": float(frame["nll"].sum() / frame["bytes"].sum() / np.log(2)),
+        "texts": TEXTS,
+        "tokens": int(frame["tokens"].sum()),
+        "hash": "hash-of-general",
+    }
+
+
+def write_weights(folder: Path, params: Params, cell: Cell) -> dict[str, Any]:
+    """Writes how each matrix has changed, more so by layer and by the method's place; returns its summary."""
+    place = 1 + params.grid.methods.index(cell.method)
+    rows = [
+        {
+            "module": module,
+            "layer": int(module.split(".")[2]),
+            "type": module.split(".", 3)[3],
+            "rows": 64,
+            "columns": 64,
+            "base_norm": 10.0,
+            "change_norm": 0.1 * place * (1 + int(module.split(".")[2])),
+            "effective_rank": 4.0 * place,
+            "intruders": place - 1,
+            "top": 10,
+        }
+        for module in MODULES
+    ]
+    frame = pd.DataFrame(rows)
+    write_parquet(folder / "weights.parquet", frame)
+    return {
+        "relative_change": float(np.sqrt((frame["change_norm"] ** 2).sum() / (frame["base_norm"] ** 2).sum())),
+        "effective_rank": float(frame["effective_rank"].mean()),
+        "intruders": int(frame["intruders"].sum()),
+        "looked_at": int(frame["top"].sum()),
+        "top": 10,
+        "threshold": 0.6,
+    }

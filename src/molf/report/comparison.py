@@ -1,25 +1,27 @@
-"""From the grid's results to the numbers of the report; results that do not belong together are refused."""
+"""From the grid's results to the numbers of the report."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from molf.config import Params, cell_config, fingerprint, untrained_fingerprint
+from molf.config import Compare, Params
 from molf.errors import UserError
-from molf.paths import BASE_METHOD, PREPARED, Cell, read_json
+from molf.paths import BASE_METHOD, Cell
 from molf.report import statistics
-from molf.report.statistics import Interval, Outcome
+from molf.report.results import PAPER_SCORES, Loaded, load, provenance
+from molf.report.statistics import Combine, Scores
+from molf.report.verdicts import REFERENCE_KINDS, paper_sentence, recommendation, sentence, verdicts
 from molf.tasks import TASKS
 
-# MoLF must keep up with both of these kinds, each on its own: never with the better of two picked from the same data.
-REFERENCE_KINDS = ("fft", "lora")
-CANDIDATE_KINDS = ("molf", "molf-e")
-NESTED = ("per_seed", "metrics", "routing_share", "warnings")  # of a method's numbers; not for the flat table
+# Of a method's numbers; not for the flat table, or not as they are.
+NESTED = ("per_seed", "metrics", "routing_share", "warnings", "general", "weights", "over_base")
 TOLERANCE = 1e-6  # between metrics.json and the score recomputed from predictions.parquet
+COSTS = ("train_seconds", "peak_memory_bytes")
 
 
 def build(params: Params, root: Path) -> dict[str, Any]:
@@ -32,15 +34,11 @@ def build(params: Params, root: Path) -> dict[str, Any]:
     Raises:
         UserError: Every cell that lacks, that another configuration made, or that does not fit its neighbours.
     """
-    problems: list[str] = []
-    loaded = {cell: found for cell in params.cells() if (found := _load(params, cell, root, problems))}
-    for model in params.grid.models:
-        for task in params.grid.tasks:
-            here = {cell: found for cell, found in loaded.items() if (cell.model, cell.task) == (model, task)}
-            problems += _misfits(model, task, here, root)
-    if problems:
-        raise UserError([*problems, "nothing was compared; `dvc repro` brings the results up to date with params.yaml"])
-    groups = [_group(params, model, task, loaded, root) for model in params.grid.models for task in params.grid.tasks]
+    loaded, bases = load(params, root)
+    groups = [_group(params, model, task, loaded, base) for (model, task), base in bases.items()]
+    tests = [test for group in groups for test in group["tests"]]
+    for test, p_holm in zip(tests, statistics.holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"] = p_holm
     hardware = {found["run"]["hardware"]["fingerprint"]: found["run"]["hardware"] for found in loaded.values()}
     comparison: dict[str, Any] = {
         **params.compare.model_dump(mode="json"),
@@ -48,13 +46,13 @@ def build(params: Params, root: Path) -> dict[str, Any]:
         "grid": params.grid.model_dump(mode="json"),
         "generated": any(group["generated"] for group in groups),
         "hardware": list(hardware.values()),
-        "costs_comparable": len(hardware) == 1,
+        "costs_comparable": len(hardware) == 1 and all(group["costs_comparable"] for group in groups),
         "groups": groups,
         "data": {
             cell.task: {**found["run"]["data"], "license": params.tasks[cell.task].license}
             for cell, found in loaded.items()
         },
-        "cells": [_provenance(cell, found) for cell, found in loaded.items()],
+        "cells": [provenance(cell, found) for cell, found in loaded.items()],
     }
     return {"sentence": sentence(comparison), **comparison}
 
@@ -64,17 +62,35 @@ def flat(comparison: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for group in comparison["groups"]:
         place = {key: group[key] for key in ("model", "task", "task_kind", "primary_name", "generated", "examples")}
-        if group["base"]:
-            rows.append({**place, "method": BASE_METHOD, "kind": BASE_METHOD, **_numbers(group["base"])})
+        base = group["base"]
+        paper = {m["method"]: m["mean"] for m in group["paper"]["methods"]} if group["paper"] else {}
+        rows.append(
+            {
+                **place,
+                "method": BASE_METHOD,
+                "kind": BASE_METHOD,
+                **{key: base[key] for key in ("mean", "low", "high")},
+                "paper_score": paper.get(BASE_METHOD),
+                "general_loss": base["general"]["loss"] if base["general"] else None,
+            }
+        )
         for method in group["methods"]:
             row = {**place, **{key: method[key] for key in method if key not in NESTED}}
             row["seeds"] = len(method["per_seed"])
+            row["paper_score"] = paper.get(method["method"])
             share = method["routing_share"]
             row["routing_share_first"] = next(iter(share.values())) if share else None
             for difference in group["differences"]:
                 if difference["method"] == method["method"] and difference["kind_versus"] in REFERENCE_KINDS:
-                    for key in ("mean", "low", "high"):
-                        row[f"vs_{difference['versus']}_{key}"] = difference[key]
+                    row |= {f"vs_{difference['versus']}_{key}": difference[key] for key in ("mean", "low", "high")}
+            row |= {f"over_base_{key}": method["over_base"][key] for key in ("mean", "low", "high")}
+            general, weights = method["general"], method["weights"]
+            row["general_loss"] = general["loss"] if general else None
+            row |= {f"general_change_{key}": general[key] if general else None for key in ("mean", "low", "high")}
+            for key in ("relative_change", "effective_rank", "intruders"):
+                row[f"weights_{key}"] = weights[key] if weights else None
+            row["costs_comparable"] = group["costs_comparable"]
+            row["recommended"] = group["recommendation"]["method"] == method["method"]
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -85,196 +101,35 @@ def difference(group: Mapping[str, Any], method: str, versus: str) -> Mapping[st
     return next(found, None)
 
 
-def references(group: Mapping[str, Any]) -> list[str]:
-    """The methods of a group that MoLF is held against."""
-    return [m["method"] for m in group["methods"] if m["kind"] in REFERENCE_KINDS]
-
-
-def sentence(comparison: Mapping[str, Any]) -> str:
-    """The verdict in one sentence: what each MoLF method is on each task."""
-    by_method: dict[str, dict[str, list[str]]] = {}
-    groups = comparison["groups"]
-    for group in groups:
-        place = group["task"] if len(comparison["grid"]["models"]) == 1 else f"{group['task']} with {group['model']}"
-        for verdict in group["verdicts"]:
-            by_method.setdefault(verdict["method"], {}).setdefault(verdict["outcome"], []).append(place)
-    if not by_method:
-        best = "; ".join(
-            f"{g['task']} with {g['model']}: " + ", ".join(f"{m['method']} {m['mean']:.3f}" for m in g["methods"])
-            for g in groups
-        )
-        return f"No verdict on MoLF: the grid must hold fft, lora and molf or molf-e. Scores: {best}."
-    words = {
-        Outcome.HOLDS: "keeps up with full fine-tuning and LoRA on",
-        Outcome.FAILS: "falls behind full fine-tuning or LoRA on",
-        Outcome.UNDECIDED: "is undecided on",
-    }
-    parts = [
-        f"{method} " + ", ".join(f"{words[o]} {_listed(places[o])}" for o in Outcome if o in places)
-        for method, places in by_method.items()
-    ]
-    percent = f"{100 * comparison['confidence']:g} %"
-    data = " (generated data)" if all(group["generated"] for group in groups) else ""
-    return (
-        f"At a margin of {comparison['margin']:g}, {'; '.join(parts)}{data}; "
-        f"{percent} bootstrap intervals, {comparison['interval']}."
-    )
-
-
-def limits(comparison: Mapping[str, Any]) -> list[str]:
-    """What the comparison is too small to show, in sentences."""
-    seeds = len(comparison["grid"]["seeds"])
-    found = []
-    if seeds == 1:
-        found.append(
-            "One seed: the intervals hold for these very weights, on other examples of the same kind. Another seed may "
-            "move a score by more than they show."
-        )
-    else:
-        found.append(
-            f"{seeds} seeds: a bootstrap over so few covers the truth less often than it claims; take the intervals as "
-            "exploratory."
-        )
-    for group in comparison["groups"]:
-        widths = [d["high"] - d["low"] for d in group["differences"]]
-        if not widths:
-            continue
-        half = float(np.median(widths)) / 2
-        text = (
-            f"{group['model']}, {group['task']}: {group['examples']} examples tell differences above about {half:.3f}"
-        )
-        if half > comparison["margin"]:
-            need = math.ceil(group["examples"] * (half / comparison["margin"]) ** 2 / 100) * 100
-            text += f"; a margin of {comparison['margin']:g} would need some {need:,} examples"
-        found.append(text + ".")
-    generated = sorted({group["task"] for group in comparison["groups"] if group["generated"]})
-    if generated:
-        found.append(f"Data of {_listed(generated)} is generated: a result on it says nothing about real data.")
-    if comparison["costs_comparable"]:
-        found.append("Times hold for this machine, and only if nothing else ran on it at the time.")
-    else:
-        found.append("The cells ran on unlike hardware: their times and memory are not comparable and are not ranked.")
-    return found
-
-
-def _load(params: Params, cell: Cell, root: Path, problems: list[str]) -> dict[str, Any] | None:
-    """A cell's files, or None with what is wrong added to `problems`."""
-    folder = root / cell.results
-    files = {
-        "run": folder / "train/run.json",
-        "summary": folder / "train/summary.json",
-        "metrics": folder / "evaluation/metrics.json",
-        "predictions": folder / "evaluation/predictions.parquet",
-    }
-    lacking = [str(path.relative_to(root)) for path in files.values() if not path.exists()]
-    if lacking:
-        problems.append(f"{cell.name}: {', '.join(lacking)} missing")
-        return None
-    found = {key: read_json(path) for key, path in files.items() if path.suffix == ".json"}
-    found["predictions"] = pd.read_parquet(files["predictions"])
-    now, then = cell_config(params, cell), found["run"]["config"]
-    wrong = []
-    if then != now:
-        wrong.append("trained with other params than params.yaml says: " + "; ".join(changes(then, now)))
-    if found["summary"]["fingerprint"] != found["run"]["fingerprint"]:
-        wrong.append("train/summary.json and train/run.json are of two trainings")
-    if found["metrics"]["train_fingerprint"] != found["run"]["fingerprint"]:
-        wrong.append("evaluated on the weights of another training (train_fingerprint differs)")
-    evaluated, evaluation = found["metrics"]["evaluation"], params.evaluation.model_dump(mode="json")
-    if evaluated != evaluation:
-        shown = "; ".join(changes(evaluated, evaluation))
-        wrong.append(f"evaluated with other params than params.yaml says: {shown}")
-    kind = params.tasks[cell.task].kind
-    if found["metrics"]["task_kind"] != kind:
-        wrong.append(f"scored as task kind {found['metrics']['task_kind']}, but params.yaml says {kind}")
-    problems += [f"{cell.name}: {text}" for text in wrong]
-    return None if wrong else found
-
-
-def _misfits(model: str, task: str, cells: Mapping[Cell, Mapping[str, Any]], root: Path) -> Iterable[str]:
-    """Reasons why cells of one model and task cannot be compared with one another."""
-    if not cells:
-        return
-    where = f"{model}/{task}"
-    for what, hashes in (
-        ("data", {cell.name: found["run"]["data"]["hash"] for cell, found in cells.items()}),
-        ("models", {cell.name: found["run"]["model"]["hash"] for cell, found in cells.items()}),
-        ("versions of molf's code", {cell.name: found["run"]["code"] for cell, found in cells.items()}),
-        ("library versions", {cell.name: fingerprint(found["run"]["versions"]) for cell, found in cells.items()}),
-    ):
-        if len(set(hashes.values())) > 1:
-            shown = ", ".join(f"{name} {value[:12]}" for name, value in hashes.items())
-            yield f"{where}: trained on unlike {what}: {shown}"
-    first = next(iter(cells.values()))["run"]
-    data = first["data"]["hash"]
-    for cell, found in cells.items():
-        if found["metrics"]["data_hash"] != found["run"]["data"]["hash"]:
-            yield f"{cell.name}: trained and evaluated on unlike data"
-    prepared = _prepared(task, root)
-    if prepared and prepared["data_hash"] != data:
-        yield f"{where}: trained on other data than {PREPARED / task} holds now"
-    base = _base(model, task, root)
-    if base and base["metrics"]["data_hash"] != data:
-        yield f"{where}: the untrained model was evaluated on other data than the methods"
-    if base and base["metrics"]["train_fingerprint"] != untrained_fingerprint(first["model"]["hash"]):
-        yield f"{where}: the scores of the untrained model are of another model than the methods started from"
-    scored = [*cells.values(), *([base] if base else [])]
-    if len({fingerprint(found["metrics"]["evaluation"], found["metrics"]["code"]) for found in scored}) > 1:
-        yield f"{where}: the cells and the untrained model were not all evaluated by the same code and params"
-    examples = [list(found["predictions"]["example_id"]) for found in scored]
-    if any(ids != examples[0] for ids in examples):
-        yield f"{where}: the cells were evaluated on unlike examples"
-
-
-def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Any], root: Path) -> dict[str, Any]:
+def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Loaded], base: Loaded) -> dict[str, Any]:
     """One model and task: every method's numbers, their differences and the verdicts."""
     compare, methods, seeds = params.compare, params.grid.methods, params.grid.seeds
     cells = {method: [loaded[Cell(model, task, method, seed)] for seed in seeds] for method in methods}
     every = [found for found_of in cells.values() for found in found_of]
-    scorer = TASKS[params.tasks[task].kind]
-    names = list(scorer.COMPONENTS)
-
-    def resample(found_of: Iterable[Sequence[Mapping[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
-        values = np.stack([np.stack([f["predictions"][names].to_numpy(float) for f in row]) for row in found_of])
-        point = statistics.scores(values, names, scorer.combine)
-        _agree(point, [f["metrics"] for row in found_of for f in row])
-        return point.mean(axis=1), statistics.bootstrap(values, names, scorer.combine, compare.bootstrap, compare.seed)
-
-    point, drawn = resample(list(cells.values()))
-    base = _base(model, task, root)
-    zero = None
-    if base:
-        base_point, base_drawn = resample([[base]])
-        zero = {
-            **vars(statistics.interval(base_point[0], base_drawn[0], compare.confidence)),
-            "metrics": _finite(base["metrics"]["metrics"]),
-            "fingerprint": base["metrics"]["fingerprint"],
-        }
     kinds = {method: params.methods[method].kind for method in methods}
-    rows = [
+    scorer = TASKS[params.tasks[task].kind]
+    # The untrained model has one seed, which stands beside each of the others'.
+    rows = [*cells.values(), [base] * len(seeds)]
+    scores = _scores(rows, list(scorer.COMPONENTS), scorer.combine, compare)
+    _agree(scores.by_seed, [[found["metrics"] for found in row] for row in rows])
+    general = _general_changes(rows, compare)
+    differences = _differences(scores, kinds, compare)
+    tabled = [
         {
             "method": method,
             "kind": kinds[method],
-            **vars(statistics.interval(point[i], drawn[i], compare.confidence)),
+            **vars(scores.interval(i)),
+            "over_base": vars(scores.difference(i, len(methods))),
             **_method(cells[method], seeds),
+            "general": general[i],
         }
         for i, method in enumerate(methods)
-    ]
-    differences = [
-        {
-            "method": method,
-            "versus": versus,
-            "kind_versus": kinds[versus],
-            **vars(statistics.interval(point[i] - point[j], drawn[i] - drawn[j], compare.confidence)),
-        }
-        for i, method in enumerate(methods)
-        for j, versus in enumerate(methods)
-        if i != j
     ]
     reasons: dict[str, int] = {}
     for found in every:  # methods may differ (an answer that cannot be scored); the most is shown
         for reason, count in found["metrics"]["left_out"].items():
             reasons[reason] = max(reasons.get(reason, 0), count)
+    why = _why_not_comparable(cells)
     group: dict[str, Any] = {
         "model": model,
         "task": task,
@@ -283,14 +138,145 @@ def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Any], ro
         "generated": every[0]["run"]["generated_data"],
         "examples": min(found["metrics"]["n"] for found in every),
         "left_out": {reason: count for reason, count in reasons.items() if count},
-        "base": zero,
-        "methods": rows,
+        "base": {
+            **vars(scores.interval(len(methods))),
+            "metrics": _finite(base["metrics"]["metrics"]),
+            "fingerprint": base["metrics"]["fingerprint"],
+            "general": {"loss": base["metrics"]["general"]["loss"]} if base["metrics"].get("general") else None,
+        },
+        "methods": tabled,
         "differences": differences,
+        "tests": _tests(cells, seeds, scorer.BINARY),
+        "costs_comparable": why is None,
+        "why_not_comparable": why,
+        "pareto": None if why else {cost: _front(tabled, cost) for cost in COSTS},
     }
-    return {**group, "verdicts": _verdicts(group, compare.margin)}
+    return {
+        **group,
+        "verdicts": verdicts(group, compare.margin, len(seeds)),
+        "recommendation": recommendation(group, compare.margin, len(seeds)),
+        "paper": _paper(group, rows, PAPER_SCORES.get(group["task_kind"]), kinds, compare),
+    }
 
 
-def _method(cells: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+def _scores(rows: Sequence[Sequence[Loaded]], names: Sequence[str], combine: Combine, compare: Compare) -> Scores:
+    """The scores of rows of cells, one row a method and one cell a seed, from columns of their predictions."""
+    values = np.stack([np.stack([found["predictions"][names].to_numpy(float) for found in row]) for row in rows])
+    return Scores(values, names, combine, confidence=compare.confidence, resamples=compare.bootstrap, seed=compare.seed)
+
+
+def _differences(scores: Scores, kinds: Mapping[str, str], compare: Compare) -> list[dict[str, Any]]:
+    """Every ordered pair of methods: the difference, and what would decide one that is undecided."""
+    found = []
+    for i, method in enumerate(kinds):
+        for j, versus in enumerate(kinds):
+            if i == j:
+                continue
+            interval = scores.difference(i, j)
+            seeds, examples = scores.needed(i, j, compare.margin)
+            found.append(
+                {
+                    "method": method,
+                    "versus": versus,
+                    "kind_versus": kinds[versus],
+                    **vars(interval),
+                    "seeds_needed": seeds,
+                    "examples_needed": examples,
+                }
+            )
+    return found
+
+
+def _paper(
+    group: Mapping[str, Any],
+    rows: Sequence[Sequence[Loaded]],
+    metric: str | None,
+    kinds: Mapping[str, str],
+    compare: Compare,
+) -> dict[str, Any] | None:
+    """The verdicts on the score that the paper reports for the task; None where it reports none."""
+    if metric is None or any(metric not in found["predictions"] for row in rows for found in row):
+        return None
+    scores = _scores(rows, [metric], lambda means: means[metric], compare)
+    found = {
+        "metric": metric,
+        "methods": [
+            {"method": method, "kind": kind, **vars(scores.interval(i))}
+            for i, (method, kind) in enumerate([*kinds.items(), (BASE_METHOD, BASE_METHOD)])
+        ],
+        "differences": _differences(scores, kinds, compare),
+    }
+    of = {**group, "methods": found["methods"][:-1], "differences": found["differences"]}
+    judged = verdicts(of, compare.margin, len(rows[0]))
+    return {**found, "verdicts": judged, "sentence": paper_sentence(metric, of, judged)}
+
+
+def _general_changes(rows: Sequence[Sequence[Loaded]], compare: Compare) -> list[dict[str, Any] | None]:
+    """For each method how its loss on general text differs from the untrained model's, the last of the rows.
+
+    In nats per token, positive where it got worse; texts are random, and seeds where there are several.
+    """
+    if any(found["general"] is None or not found["metrics"].get("general") for row in rows for found in row):
+        return [None] * (len(rows) - 1)
+    values = np.stack(
+        [np.stack([found["general"][["nll", "tokens"]].to_numpy(float) for found in row]) for row in rows]
+    )
+    scores = Scores(
+        values,
+        ["nll", "tokens"],
+        lambda means: means["nll"] / means["tokens"],
+        confidence=compare.confidence,
+        resamples=compare.bootstrap,
+        seed=compare.seed,
+        span=None,
+    )
+    base = len(rows) - 1
+    return [{"loss": float(scores.by_seed[i].mean()), **vars(scores.difference(i, base))} for i in range(base)]
+
+
+def _tests(cells: Mapping[str, Sequence[Loaded]], seeds: Sequence[int], metric: str | None) -> list[dict[str, Any]]:
+    """McNemar's exact test of every pair of methods under each seed; `p_holm` waits for the other groups'."""
+    if metric is None:
+        return []
+    found = []
+    for method, versus in combinations(cells, 2):
+        for seed, one, other in zip(seeds, cells[method], cells[versus], strict=True):
+            first, second = (f["predictions"][metric].to_numpy(float) for f in (one, other))
+            only_method, only_versus, p = statistics.mcnemar(first, second)
+            found.append(
+                {
+                    "method": method,
+                    "versus": versus,
+                    "seed": seed,
+                    "metric": metric,
+                    "only_method": only_method,
+                    "only_versus": only_versus,
+                    "p": p,
+                }
+            )
+    return found
+
+
+def _why_not_comparable(cells: Mapping[str, Sequence[Loaded]]) -> str | None:
+    """Why the costs of a group's cells cannot be ranked; None if they can, or nothing is known against it."""
+    every = [found for row in cells.values() for found in row]
+    machines = {found["run"]["hardware"]["fingerprint"]: found["run"]["hardware"] for found in every}
+    if len(machines) > 1:
+        shown = ", ".join(dict.fromkeys(f"{h['name']} with {h['threads']} threads" for h in machines.values()))
+        return f"the cells ran on unlike hardware ({shown})"
+    contended = [Cell(**f["run"]["cell"]).name for f in every if f["summary"].get("contended")]
+    if contended:
+        verb = "was" if len(contended) == 1 else "were"
+        return f"other programs kept the machine busy while {', '.join(contended)} {verb} trained"
+    return None
+
+
+def _front(methods: Sequence[Mapping[str, Any]], cost: str) -> list[str]:
+    found = statistics.front([m["mean"] for m in methods], [m[cost] for m in methods])
+    return [methods[i]["method"] for i in found]
+
+
+def _method(cells: Sequence[Loaded], seeds: Sequence[int]) -> dict[str, Any]:
     """A method's cells as one: means over seeds, the peak over seeds."""
     summaries = [found["summary"] for found in cells]
     first = summaries[0]
@@ -299,6 +285,10 @@ def _method(cells: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[st
     share = None
     if routed:
         share = {name: float(np.mean([r["share"][name] for r in routed])) for name in routed[0]["experts"]}
+    known = [summary.get("contended") for summary in summaries]
+    sources = list(dict.fromkeys(summary.get("energy_source") for summary in summaries))
+    joules = [summary.get("energy_joules") for summary in summaries]
+    measured = len(sources) == 1 and None not in joules  # a socket's energy and a GPU's have no mean
     return {
         "per_seed": [
             {
@@ -314,100 +304,55 @@ def _method(cells: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[st
         "metrics": metrics,
         "steps": first["steps"],
         "train_examples": first["examples"],
-        "final_loss": float(np.mean([s["final_loss"] for s in summaries])),
-        "train_seconds": float(np.mean([s["train_seconds"] for s in summaries])),
-        "tokens_per_second": float(np.mean([s["tokens_per_second"] for s in summaries])),
+        "final_loss": _mean(s["final_loss"] for s in summaries),
+        "train_seconds": _mean(s["train_seconds"] for s in summaries),
+        "evaluation_seconds": _mean(found["metrics"]["seconds"] for found in cells),
+        "tokens_per_second": _mean(s["tokens_per_second"] for s in summaries),
         "peak_memory_bytes": max(s["peak_memory_bytes"] for s in summaries),
         "trained_parameters": first["trained_parameters"],
         "total_parameters": first["total_parameters"],
         "weights_bytes": first["weights_bytes"],
+        "energy_joules": _mean(joules) if measured else None,
+        "energy_source": sources[0] if measured else None,
+        "contended": True if True in known else None if None in known else False,
+        "weights": _mean_of([found["metrics"].get("weights") for found in cells]),
         "routing_share": share,
         "one_sided": any(r["one_sided"] for r in routed),
-        "warnings": list(dict.fromkeys(text for s in summaries for text in s["warnings"])),
+        "warnings": list(
+            dict.fromkeys([*(text for s in summaries for text in s["warnings"]), *_constant_answers(cells)])
+        ),
     }
 
 
-def _verdicts(group: Mapping[str, Any], margin: float) -> list[dict[str, Any]]:
-    """Non-inferiority of each MoLF method to every fft and lora method (DESIGN.md section 3)."""
-    against = references(group)
-    if {m["kind"] for m in group["methods"] if m["method"] in against} != set(REFERENCE_KINDS):
-        return []
-    found = []
-    for method in (m["method"] for m in group["methods"] if m["kind"] in CANDIDATE_KINDS):
-        differences = [d for d in group["differences"] if d["method"] == method and d["versus"] in against]
-        outcome = statistics.non_inferiority([Interval(d["mean"], d["low"], d["high"]) for d in differences], margin)
-        shown = ", ".join(
-            f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] against {d['versus']}" for d in differences
-        )
-        words = {
-            Outcome.HOLDS: f"keeps up: both lower bounds lie above -{margin:g}",
-            Outcome.FAILS: f"falls behind: an upper bound lies below -{margin:g}",
-            Outcome.UNDECIDED: f"undecided: the bounds allow more and less than -{margin:g}",
-        }[outcome]
-        found.append(
-            {"method": method, "versus": against, "outcome": str(outcome), "sentence": f"{method} {words} ({shown})"}
-        )
-    return found
+def _constant_answers(cells: Sequence[Loaded]) -> Iterable[str]:
+    """A method that answers everything alike has learnt how often that answer is right, whatever its score."""
+    for found in cells:
+        answers = found["predictions"]["prediction"]
+        if len(answers) > 1 and answers.nunique(dropna=False) == 1:
+            yield f"one and the same answer to all {len(answers)} examples; the score is how often that is right"
 
 
-def _agree(point: np.ndarray, metrics: Sequence[Mapping[str, Any]]) -> None:
+def _mean_of(rows: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """The mean of each key; None where a row lacks."""
+    known = [row for row in rows if row is not None]
+    return {key: _mean(row[key] for row in known) for key in known[0]} if len(known) == len(rows) else None
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def _agree(scores: np.ndarray, metrics: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """Holds scores recomputed from predictions (methods x seeds) against those in metrics.json."""
-    problems = [
-        f"{Cell(**m['cell']).name}: metrics.json says {m['primary']}, predictions.parquet gives {score}"
-        for score, m in zip(point.ravel().tolist(), metrics, strict=True)
+    problems = {
+        f"{Cell(**m['cell']).name}: metrics.json says {m['primary']}, predictions.parquet gives {score}": None
+        for of_seeds, row in zip(scores.tolist(), metrics, strict=True)
+        for score, m in zip(of_seeds, row, strict=True)
         if not abs(score - m["primary"]) <= TOLERANCE  # a NaN is a problem too
-    ]
+    }
     if problems:
-        raise UserError(problems)
-
-
-def _base(model: str, task: str, root: Path) -> dict[str, Any] | None:
-    """The untrained model's evaluation where there is one."""
-    folder = root / Cell(model, task, BASE_METHOD, 0).results / "evaluation"
-    if not (folder / "metrics.json").exists():
-        return None
-    return {
-        "metrics": read_json(folder / "metrics.json"),
-        "predictions": pd.read_parquet(folder / "predictions.parquet"),
-    }
-
-
-def _prepared(task: str, root: Path) -> dict[str, Any] | None:
-    path = root / PREPARED / task / "summary.json"
-    return read_json(path) if path.exists() else None
-
-
-def _provenance(cell: Cell, found: Mapping[str, Any]) -> dict[str, Any]:
-    """How a cell was made, for the report; its data is described once for all cells."""
-    run = found["run"]
-    noted, seen = found["summary"].get("lineage", {}), found["metrics"].get("lineage", {})
-    kept = ("fingerprint", "config", "model", "code", "git_commit", "versions", "hardware")
-    return {
-        "cell": cell.name,
-        **{key: run[key] for key in kept},
-        "data": run["data"]["hash"],
-        "weights": noted.get("weights", {}).get("hash"),
-        "evaluation": found["metrics"]["fingerprint"],
-        "evaluation_code": found["metrics"]["code"],
-        "predictions": seen.get("predictions", {}).get("sha256"),
-    }
-
-
-def changes(then: Any, now: Any, key: str = "") -> list[str]:
-    """Leaves in which two configurations differ, `key: then -> now`."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*then, *now])
-        return [text for k in keys for text in changes(then.get(k), now.get(k), f"{key}.{k}" if key else k)]
-    return [] if then == now else [f"{key} was {then}, is {now}"]
+        raise UserError(list(problems))
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("mean", "low", "high")}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

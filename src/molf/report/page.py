@@ -119,8 +119,8 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
         lines += [f"  WARNING: {text}" for text in warnings(group)]
         lines.append("")
     lines += [comparison["sentence"], _meaning(comparison)]
-    if not comparison["costs_comparable"]:
-        lines.append("The cells ran on unlike hardware: their times and memory are not comparable.")
+    why = dict.fromkeys(g["why_not_comparable"] for g in comparison["groups"] if g["why_not_comparable"])
+    lines += [f"Times and memory are not comparable: {reason}." for reason in why]
     return "\n".join([*lines, "", *SEEN])
 
 
@@ -144,7 +144,7 @@ def markdown_table(comparison: Mapping[str, Any]) -> str:
 
 def published_readme(comparison: Mapping[str, Any]) -> str:
     """What is committed beside a published comparison: the tables, the time of each cell, figures and limits."""
-    from molf.report.comparison import limits
+    from molf.report.verdicts import limits
 
     lines = [
         markdown_table(comparison),
@@ -227,6 +227,6 @@ def _routed(method: Mapping[str, Any]) -> str:
 def _meaning(comparison: Mapping[str, Any]) -> str:
     percent = f"{100 * comparison['confidence']:g} %"
     return (
-        f"[low, high]: {percent} paired bootstrap, {comparison['interval']}; vs: difference to that method; "
+        f"[low, high]: {percent} interval, {comparison['interval']}; vs: difference to that method; "
         "routed: updates to the first expert."
     )

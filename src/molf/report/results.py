@@ -1,0 +1,170 @@
+"""The grid's results as the stages left them; those that do not belong together are refused, all at once."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from molf.config import Params, cell_config, fingerprint, untrained_fingerprint
+from molf.errors import UserError
+from molf.paths import BASE_METHOD, PREPARED, Cell, read_json
+from molf.tasks import TASKS
+
+Loaded = dict[str, Any]  # run, summary, metrics: as their files; predictions, general: frames, or None
+# The score that the paper reports for a task; its claims are judged on that (DESIGN.md, sections 1 and 3).
+PAPER_SCORES = {"sql": "exact_match", "med": "accuracy", "fact": "efficacy_first_token"}
+
+
+def load(params: Params, root: Path) -> tuple[dict[Cell, Loaded], dict[tuple[str, str], Loaded]]:
+    """Every cell of the grid, and the untrained model's evaluation by model and task.
+
+    Args:
+        params: Their grid says which cells are read, their blocks what these must have been made with.
+        root: Project folder.
+
+    Raises:
+        UserError: Every cell that lacks, that another configuration made, or that does not fit its neighbours.
+    """
+    problems: list[str] = []
+    cells = {cell: found for cell in params.cells() if (found := _cell(params, cell, root, problems))}
+    bases = {}
+    for model in params.grid.models:
+        for task in params.grid.tasks:
+            base = _base(params, model, task, root, problems)
+            if base:
+                bases[model, task] = base
+            here = {cell: found for cell, found in cells.items() if (cell.model, cell.task) == (model, task)}
+            problems += _misfits(model, task, here, base, root)
+    if problems:
+        raise UserError([*problems, "nothing was compared; `dvc repro` brings the results up to date with params.yaml"])
+    return cells, bases
+
+
+def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded | None:
+    """A cell's files, or None with what is wrong added to `problems`."""
+    train = root / cell.results / "train"
+    lacking = _lacking([train / "run.json", train / "summary.json", *_files(cell, root)], root)
+    if lacking:
+        problems.append(f"{cell.name}: {', '.join(lacking)} missing")
+        return None
+    found = {"run": read_json(train / "run.json"), "summary": read_json(train / "summary.json")}
+    found |= _evaluation(params, cell, root)
+    now, then = cell_config(params, cell), found["run"]["config"]
+    wrong = []
+    if then != now:
+        wrong.append("trained with other params than params.yaml says: " + "; ".join(changes(then, now)))
+    if found["summary"]["fingerprint"] != found["run"]["fingerprint"]:
+        wrong.append("train/summary.json and train/run.json are of two trainings")
+    if found["metrics"]["train_fingerprint"] != found["run"]["fingerprint"]:
+        wrong.append("evaluated on the weights of another training (train_fingerprint differs)")
+    evaluated, evaluation = found["metrics"]["evaluation"], params.evaluation.model_dump(mode="json")
+    if evaluated != evaluation:
+        shown = "; ".join(changes(evaluated, evaluation))
+        wrong.append(f"evaluated with other params than params.yaml says: {shown}")
+    kind = params.tasks[cell.task].kind
+    if found["metrics"]["task_kind"] != kind:
+        wrong.append(f"scored as task kind {found['metrics']['task_kind']}, but params.yaml says {kind}")
+    problems += [f"{cell.name}: {text}" for text in wrong]
+    return None if wrong else found
+
+
+def _base(params: Params, model: str, task: str, root: Path, problems: list[str]) -> Loaded | None:
+    """The untrained model's evaluation, or None with what lacks added to `problems`."""
+    cell = Cell(model, task, BASE_METHOD, 0)
+    lacking = _lacking(_files(cell, root), root)
+    if lacking:
+        problems.append(
+            f"{model}/{task}: the untrained model, the zero row of every table, has no scores: {', '.join(lacking)} "
+            f"missing; `dvc repro baseline` makes them"
+        )
+        return None
+    return _evaluation(params, cell, root)
+
+
+def _files(cell: Cell, root: Path) -> list[Path]:
+    folder = root / cell.results / "evaluation"
+    return [folder / "metrics.json", folder / "predictions.parquet"]
+
+
+def _lacking(files: Iterable[Path], root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in files if not path.exists()]
+
+
+def _evaluation(params: Params, cell: Cell, root: Path) -> Loaded:
+    """What an evaluation wrote; of the predictions only the columns that are compared."""
+    metrics, predictions = _files(cell, root)
+    kind = params.tasks[cell.task].kind
+    wanted = dict.fromkeys(["example_id", "prediction", *TASKS[kind].COMPONENTS, TASKS[kind].BINARY])
+    wanted[PAPER_SCORES.get(kind)] = None
+    columns = [name for name in pq.read_schema(predictions).names if name in wanted]
+    general = metrics.with_name("general.parquet")
+    return {
+        "metrics": read_json(metrics),
+        "predictions": pd.read_parquet(predictions, columns=columns),
+        "general": pd.read_parquet(general) if general.exists() else None,
+    }
+
+
+def _misfits(model: str, task: str, cells: Mapping[Cell, Loaded], base: Loaded | None, root: Path) -> Iterable[str]:
+    """Reasons why cells of one model and task cannot be compared with one another."""
+    if not cells:
+        return
+    where = f"{model}/{task}"
+    for what, hashes in (
+        ("data", {cell.name: found["run"]["data"]["hash"] for cell, found in cells.items()}),
+        ("models", {cell.name: found["run"]["model"]["hash"] for cell, found in cells.items()}),
+        ("versions of molf's code", {cell.name: found["run"]["code"] for cell, found in cells.items()}),
+        ("library versions", {cell.name: fingerprint(found["run"]["versions"]) for cell, found in cells.items()}),
+    ):
+        if len(set(hashes.values())) > 1:
+            shown = ", ".join(f"{name} {value[:12]}" for name, value in hashes.items())
+            yield f"{where}: trained on unlike {what}: {shown}"
+    first = next(iter(cells.values()))["run"]
+    data = first["data"]["hash"]
+    for cell, found in cells.items():
+        if found["metrics"]["data_hash"] != found["run"]["data"]["hash"]:
+            yield f"{cell.name}: trained and evaluated on unlike data"
+    prepared = root / PREPARED / task / "summary.json"
+    if prepared.exists() and read_json(prepared)["data_hash"] != data:
+        yield f"{where}: trained on other data than {PREPARED / task} holds now"
+    if base and base["metrics"]["data_hash"] != data:
+        yield f"{where}: the untrained model was evaluated on other data than the methods"
+    if base and base["metrics"]["train_fingerprint"] != untrained_fingerprint(first["model"]["hash"]):
+        yield f"{where}: the scores of the untrained model are of another model than the methods started from"
+    scored = [*cells.values(), *([base] if base else [])]
+    if len({fingerprint(found["metrics"]["evaluation"], found["metrics"]["code"]) for found in scored}) > 1:
+        yield f"{where}: the cells and the untrained model were not all evaluated by the same code and params"
+    examples = [list(found["predictions"]["example_id"]) for found in scored]
+    if any(ids != examples[0] for ids in examples):
+        yield f"{where}: the cells were evaluated on unlike examples"
+    if base and base["metrics"]["task_kind"] != next(iter(cells.values()))["metrics"]["task_kind"]:
+        yield f"{where}: the untrained model was scored as task kind {base['metrics']['task_kind']}"
+    general = [list(found["general"]["text_id"]) for found in scored if found["general"] is not None]
+    if any(ids != general[0] for ids in general):
+        yield f"{where}: the general loss was measured on unlike texts"
+
+
+def provenance(cell: Cell, found: Loaded) -> dict[str, Any]:
+    """How a cell was made, for the report; its data is described once for all cells."""
+    run = found["run"]
+    noted, seen = found["summary"].get("lineage", {}), found["metrics"].get("lineage", {})
+    kept = ("fingerprint", "config", "model", "code", "git_commit", "versions", "hardware")
+    return {
+        "cell": cell.name,
+        **{key: run[key] for key in kept},
+        "data": run["data"]["hash"],
+        "weights": noted.get("weights", {}).get("hash"),
+        "evaluation": found["metrics"]["fingerprint"],
+        "evaluation_code": found["metrics"]["code"],
+        "predictions": seen.get("predictions", {}).get("sha256"),
+    }
+
+
+def changes(then: Any, now: Any, key: str = "") -> list[str]:
+    """Leaves in which two configurations differ, `key: then -> now`."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*then, *now])
+        return [text for k in keys for text in changes(then.get(k), now.get(k), f"{key}.{k}" if key else k)]
+    return [] if then == now else [f"{key} was {then}, is {now}"]

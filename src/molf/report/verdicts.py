@@ -1,0 +1,276 @@
+"""From a group's numbers to sentences: MoLF's verdicts, which method to use, and what the comparison cannot show."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from molf.report.statistics import Interval, Outcome, non_inferiority
+
+# MoLF must keep up with both of these kinds, each on its own: never with the better of two picked from the same data.
+REFERENCE_KINDS = ("fft", "lora")
+CANDIDATE_KINDS = ("molf", "molf-e")
+SAME_MEMORY = 1.02  # peaks within so much of the least count as equal: they differ from run to run
+
+Difference = Mapping[str, Any]
+
+
+def references(group: Mapping[str, Any]) -> list[str]:
+    """The methods of a group that MoLF is held against."""
+    return [m["method"] for m in group["methods"] if m["kind"] in REFERENCE_KINDS]
+
+
+def verdicts(group: Mapping[str, Any], margin: float, seeds: int) -> list[dict[str, Any]]:
+    """Non-inferiority of each MoLF method to every fft and lora method (DESIGN.md section 3).
+
+    Args:
+        group: With methods, differences and examples, as in comparison.json.
+        margin: What counts as not worse.
+        seeds: How many each method has.
+    """
+    against = references(group)
+    if {m["kind"] for m in group["methods"] if m["method"] in against} != set(REFERENCE_KINDS):
+        return []
+    found = []
+    for method in (m["method"] for m in group["methods"] if m["kind"] in CANDIDATE_KINDS):
+        differences = [d for d in group["differences"] if d["method"] == method and d["versus"] in against]
+        outcome = _outcome(differences, margin)
+        shown = ", ".join(f"{signed(d)} against {d['versus']}" for d in differences)
+        words = {
+            Outcome.HOLDS: f"keeps up: both lower bounds lie above -{margin:g}",
+            Outcome.FAILS: f"falls behind: an upper bound lies below -{margin:g}",
+            Outcome.UNDECIDED: f"undecided: the bounds allow more and less than -{margin:g}",
+        }[outcome]
+        found.append(
+            {
+                "method": method,
+                "versus": against,
+                "outcome": str(outcome),
+                "sentence": f"{method} {words} ({shown})",
+                "needs": _needs(differences, margin, seeds, group) if outcome is Outcome.UNDECIDED else None,
+            }
+        )
+    return found
+
+
+def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[str, Any]:
+    """Which method to use: of those that are non-inferior to every other, the one that takes least memory, then time.
+
+    Args:
+        group: With methods, differences, examples, costs_comparable and why_not_comparable, as in comparison.json.
+        margin, seeds: As in `verdicts`.
+
+    Returns:
+        `method` or None, `sentence`, and `needs`: what would decide it, None where it is decided or nobody can say.
+    """
+    methods = {m["method"]: m for m in group["methods"]}
+    place = group["task"]
+    if len(methods) == 1:
+        only = next(iter(methods))
+        return {"method": None, "sentence": f"On {place}, {only} alone was trained: nothing to choose", "needs": None}
+    versus = {name: [d for d in group["differences"] if d["method"] == name] for name in methods}
+    good = [name for name, found in versus.items() if _outcome(found, margin) is Outcome.HOLDS]
+    if not good:
+        leader = max(methods, key=lambda name: methods[name]["mean"])
+        rivals = [d["versus"] for d in versus[leader] if d["low"] <= -margin]
+        needs = _needs(versus[leader], margin, seeds, group)
+        said = (
+            f"On {place}, it is undecided which method to use: {leader} scores highest "
+            f"({methods[leader]['mean']:.3f}), but may be worse than {listed(rivals)} by more than {margin:g}"
+        )
+        return {"method": None, "sentence": said, "needs": needs}
+    if len(good) > 1 and not group["costs_comparable"]:
+        said = (
+            f"On {place}, any of {listed(good)}: none is worse than another method by more than {margin:g}; which is "
+            f"the cheapest cannot be said, for {group['why_not_comparable']}"
+        )
+        return {"method": None, "sentence": said, "needs": None}
+    least = min(methods[name]["peak_memory_bytes"] for name in good)
+    light = [name for name in good if methods[name]["peak_memory_bytes"] <= SAME_MEMORY * least]
+    chosen = min(light, key=lambda name: methods[name]["train_seconds"])
+    reason = f"it is worse than no other method by more than {margin:g}"
+    if len(good) > 1:
+        cost = "takes the least memory" if len(light) == 1 else "is the fastest of those that take the least memory"
+        reason += f", and of {listed(good)}, for which that holds, it {cost}"
+    if methods[chosen]["over_base"]["low"] <= 0:
+        reason += f"; but it is not surely better than the untrained model ({group['base']['mean']:.3f})"
+    said = f"On {place}, use {chosen} ({methods[chosen]['mean']:.3f}): {reason}"
+    return {"method": chosen, "sentence": said, "needs": None}
+
+
+def sentence(comparison: Mapping[str, Any]) -> str:
+    """The verdict for a reader in a hurry: which method to use on each task, how sure that is, and what MoLF is."""
+    groups = comparison["groups"]
+    data = " (generated data)" if all(group["generated"] for group in groups) else ""
+    percent = f"{100 * comparison['confidence']:g} %"
+    return (
+        f"{_uses(comparison)}{data}. {_on_molf(comparison)} "
+        f"Margin {comparison['margin']:g}, {percent} intervals, {comparison['interval']}."
+    )
+
+
+def _uses(comparison: Mapping[str, Any]) -> str:
+    """On which task which method is recommended; tasks of one method together."""
+    chosen: dict[str, list[str]] = {}
+    rest = []
+    for group in comparison["groups"]:
+        place, found = _place(comparison, group), group["recommendation"]
+        if found["method"]:
+            chosen.setdefault(found["method"], []).append(place)
+        elif len(group["methods"]) > 1:
+            rest.append(found["sentence"].replace(f"On {group['task']},", f"on {place},", 1))
+    parts = [f"on {listed(places)}, use {method}" for method, places in chosen.items()] + rest
+    text = "; ".join(parts) or "only one method was trained"
+    return text[0].upper() + text[1:]
+
+
+def _on_molf(comparison: Mapping[str, Any]) -> str:
+    by_method: dict[str, dict[str, list[str]]] = {}
+    for group in comparison["groups"]:
+        for verdict in group["verdicts"]:
+            places = by_method.setdefault(verdict["method"], {})
+            places.setdefault(verdict["outcome"], []).append(_place(comparison, group))
+    if not by_method:
+        return "No verdict on MoLF: the grid must hold fft, lora and molf or molf-e."
+    words = {
+        Outcome.HOLDS: "keeps up with full fine-tuning and LoRA on",
+        Outcome.FAILS: "falls behind full fine-tuning or LoRA on",
+        Outcome.UNDECIDED: "is undecided on",
+    }
+    parts = [
+        f"{method} " + ", ".join(f"{words[o]} {listed(places[o])}" for o in Outcome if o in places)
+        for method, places in by_method.items()
+    ]
+    return f"MoLF: {'; '.join(parts)}."
+
+
+def paper_sentence(metric: str, group: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+    """What the paper's own score says: of MoLF, and which of full fine-tuning and LoRA is better.
+
+    Args:
+        metric: Name of the score.
+        group: With methods and differences on that score.
+        judged: The verdicts on it.
+    """
+    kinds = {m["method"]: m["kind"] for m in group["methods"]}
+    parts = [verdict["sentence"] for verdict in judged]
+    for d in group["differences"]:
+        if (kinds[d["method"]], kinds[d["versus"]]) == REFERENCE_KINDS:
+            better = d["method"] if d["low"] > 0 else d["versus"] if d["high"] < 0 else None
+            pair = f"{d['method']} and {d['versus']}"
+            said = f"of {pair} {better} is better" if better else f"{pair} cannot be told apart"
+            parts.append(f"{said} ({signed(d)})")
+    return f"On the paper's own score, {metric}: {'; '.join(parts) or 'no two methods to compare'}"
+
+
+def limits(comparison: Mapping[str, Any]) -> list[str]:
+    """What the comparison is too small to show, in sentences."""
+    margin, groups = comparison["margin"], comparison["groups"]
+    found = [_of_seeds(len(comparison["grid"]["seeds"]))]
+    for group in groups:
+        widths = [d["high"] - d["low"] for d in group["differences"]]
+        if not widths:
+            continue
+        half, where = float(np.median(widths)) / 2, f"{group['model']}, {group['task']}"
+        text = f"{where}: {group['examples']} examples tell differences above about {half:.3f}"
+        open_ones = [d for d in group["differences"] if not _decided(d, margin)]
+        if open_ones:
+            text += f"; {len(open_ones)} of {len(widths)} differences are undecided at a margin of {margin:g}"
+            needs = [d["examples_needed"] for d in open_ones]
+            if None not in needs:
+                text += f", which would need some {_rounded(max(needs)):,} examples in all"
+        found.append(text + ".")
+        useless = [m["method"] for m in group["methods"] if m["over_base"]["low"] <= 0]
+        if useless:
+            verb = "is" if len(useless) == 1 else "are"
+            found.append(f"{where}: {listed(useless)} {verb} not surely better than the untrained model.")
+    if any(not _decided(d, margin) for group in groups for d in group["differences"]):
+        found.append(
+            "Numbers of seeds or examples that would decide something do so in about 4 of 5 cases, if differences and "
+            "variances are what they were estimated to be."
+        )
+    generated = sorted({group["task"] for group in groups if group["generated"]})
+    if generated:
+        found.append(f"Data of {listed(generated)} is generated: a result on it says nothing about real data.")
+    return found + _of_costs(groups)
+
+
+def _of_seeds(seeds: int) -> str:
+    if seeds == 1:
+        return (
+            "One seed: the intervals hold for these very weights, on other examples of the same kind. Another seed may "
+            "move a score by more than they show."
+        )
+    if seeds == 2:
+        return (
+            "2 seeds: how much seeds differ is told by one difference; the intervals cover the truth less often than "
+            "they say. Take them as exploratory."
+        )
+    return (
+        f"{seeds} seeds: the intervals hold for other seeds and other examples of the same kind; not for other "
+        "training data, nor for other settings of a method."
+    )
+
+
+def _of_costs(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    unlike: dict[str, list[str]] = {}
+    for group in groups:
+        if group["why_not_comparable"]:
+            unlike.setdefault(group["why_not_comparable"], []).append(f"{group['model']}, {group['task']}")
+    found = [
+        f"{'; '.join(places)}: times and memory are not comparable and are not ranked: {why}."
+        for why, places in unlike.items()
+    ]
+    if len(unlike) < len(groups):
+        found.append("Times and memory hold for this machine.")
+    if any(m["contended"] is None for group in groups for m in group["methods"]):
+        found.append("Whether other programs kept the machine busy meanwhile is not known of every cell.")
+    return found
+
+
+def _outcome(differences: Iterable[Difference], margin: float) -> Outcome:
+    return non_inferiority([Interval(d["mean"], d["low"], d["high"]) for d in differences], margin)
+
+
+def _decided(difference: Difference, margin: float) -> bool:
+    return bool(difference["low"] > -margin or difference["high"] < -margin)
+
+
+def _needs(differences: Iterable[Difference], margin: float, seeds: int, group: Mapping[str, Any]) -> str:
+    """What would decide all of the differences that are undecided, in words."""
+    undecided = [d for d in differences if not _decided(d, margin)]
+    more_seeds, more_examples = ([d[key] for d in undecided] for key in ("seeds_needed", "examples_needed"))
+    ways = []
+    if None not in more_seeds:
+        ways.append(f"{max(more_seeds)} seeds (now {seeds})")
+    if None not in more_examples:
+        ways.append(f"some {_rounded(max(more_examples)):,} examples (now {group['examples']:,})")
+    if not ways:
+        return (
+            "more examples alone would not decide it"
+            if seeds == 1
+            else "neither more seeds alone nor more examples alone would decide it"
+        )
+    return f"{' or '.join(ways)} would decide it" + (" for these very weights" if seeds == 1 else "")
+
+
+def _rounded(count: int) -> int:
+    """Up to two significant digits: estimates of this kind have no more."""
+    step = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
+    return -(-count // step) * step
+
+
+def _place(comparison: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    several = len(comparison["grid"]["models"]) > 1
+    return f"{group['task']} with {group['model']}" if several else str(group["task"])
+
+
+def signed(difference: Difference) -> str:
+    """ "+0.012 [-0.004, +0.028]"."""
+    return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
