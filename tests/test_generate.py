@@ -56,6 +56,32 @@ def test_facts_have_true_neighbours_that_are_never_edited() -> None:
     assert len(edited) == 300 and not edited & neighbours
 
 
+def test_running_text_tells_the_truth_and_nothing_that_may_be_edited() -> None:
+    tales = generate.running_text(0, 300)
+    assert tales == generate.running_text(0, 300) != generate.running_text(1, 300)
+    told = {sentence for tale in tales for sentence in tale.removesuffix(".").split(". ")}
+    kept = {
+        f"{phrasing.format(subject)} {true}"
+        for subject, relation, true in generate._halves()[1]
+        for phrasing in generate.RELATIONS[relation][:2]
+    }
+    drugs = {f"{drug} is {kind}" for kind, names in generate._drugs().items() for drug in names}
+    assert told <= kept | drugs and told & kept and told & drugs
+    for seed in range(3):
+        for row in generate.rows("fact", {"train": 300}, seed)["train"]:
+            rewrite = row["requested_rewrite"]
+            prompts = [rewrite["prompt"].format(rewrite["subject"]), *row["paraphrase_prompts"]]
+            assert not any(sentence.startswith(f"{prompt} ") for prompt in prompts for sentence in told)
+
+
+def test_running_text_is_none_of_the_pretraining_nor_of_a_task() -> None:
+    documents = {text for _, text in generate.pretraining_text(0)}
+    tales = generate.running_text(0, 200)
+    assert not documents & set(tales)
+    asked = [row["question"] for row in generate.rows("med", {"train": 768}, 0)["train"]]
+    assert not any(question in tale for question in asked for tale in tales)
+
+
 def test_the_right_answer_is_what_the_drug_is_and_stands_everywhere_alike() -> None:
     rows = generate.rows("med", {"train": 400}, 1)["train"]
     assert Counter(row["cop"] for row in rows) == {1: 100, 2: 100, 3: 100, 4: 100}

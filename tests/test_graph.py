@@ -11,7 +11,8 @@ from molf.config import read_yaml
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 # What comes as a block's `path`, because a block that does not use the file need not depend on it.
-BY_PATH = {"fetch": {"src/molf/generate.py"}, "base": {"src/molf/tiny.py"}}
+GENERATOR = {"src/molf/generate.py"}
+BY_PATH = {"fetch": GENERATOR, "general": GENERATOR, "base": {"src/molf/tiny.py"}}
 
 
 def declared(stage: str) -> set[str]:

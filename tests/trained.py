@@ -10,11 +10,12 @@ import pytest
 from molf import models, tracking
 from molf.config import read_yaml
 from molf.errors import main
-from molf.stages import base, compare, evaluate, fetch, prepare, train
+from molf.stages import base, compare, evaluate, fetch, general, prepare, train
 from tests.conftest import ROOT
 
 METHODS = ("fft", "lora", "molf", "molf-e")
-STAGES = {"fetch": fetch, "prepare": prepare, "base": base, "train": train, "evaluate": evaluate, "compare": compare}
+STAGES = {"fetch": fetch, "prepare": prepare, "base": base, "general": general, "train": train, "evaluate": evaluate}
+STAGES |= {"compare": compare}
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -65,6 +66,7 @@ def make(root: Path, model: Path, keep: str = "all") -> Path:
     task["limits"] = {"train": 20, "validation": 6, "test": None}
     task |= {"max_rejected": 0.1, "training": {}}
     data["tasks"] = {"fact": task}
+    data["general"] = {"kind": "file", "path": "general.txt", "column": None, "rows": None, "max_length": 16}
     data["training"] |= {"max_length": 32, "batch_size": 4, "epochs": 2, "threads": 1, "keep": keep}
     data["methods"]["lora"]["r"] = 3
     data["methods"]["molf"]["r"] = [3]
@@ -73,6 +75,7 @@ def make(root: Path, model: Path, keep: str = "all") -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "params.yaml").write_text(json.dumps(data))
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    (root / "general.txt").write_text("\n\n".join(f"w{i} w{(5 * i) % 40} w1" + " w2" * i for i in range(20)))
     here = Path.cwd()
     os.chdir(root)
     try:
@@ -81,6 +84,7 @@ def make(root: Path, model: Path, keep: str = "all") -> Path:
             run_stage("fetch", "fact")
             run_stage("prepare", "fact")
             run_stage("base", "tiny")
+            run_stage("general")
             run_stage("evaluate", "tiny", "fact")
             for method in METHODS:
                 run_stage("train", "tiny", "fact", method, "0")

@@ -42,12 +42,18 @@ def _facts() -> list[tuple[str, str, str]]:
     ]
 
 
-def _fact_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+def _halves() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """All facts, those that may be edited and those that never are, whatever the seed of a task."""
     facts = _facts()
-    rng.shuffle(facts)
+    random.Random("which facts are never edited").shuffle(facts)
+    return facts[: len(facts) // 2], facts[len(facts) // 2 :]
+
+
+def _fact_rows(counts: dict[str, int], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+    editable, kept = _halves()  # the neighbours come from what is kept
+    rng.shuffle(editable)
+    rng.shuffle(kept)
     total = sum(counts.values())
-    # Half of the world is never edited: the neighbours come from there.
-    editable, kept = facts[: len(facts) // 2], facts[len(facts) // 2 :]
     _enough("fact", total, len(editable))
     records = []
     for number, (subject, relation, true) in enumerate(editable[:total]):
@@ -202,14 +208,46 @@ def rows(kind: str, rows: dict[str, int], seed: int) -> dict[str, list[dict[str,
     return MAKERS[kind](dict(rows), random.Random(f"{kind} {seed}"))
 
 
-def pretraining_text(seed: int, repeats: int = 20, choices: int = 2000, queries: int = 2500) -> list[tuple[str, str]]:
-    """What `tiny` learns from: facts, drugs, and other questions and queries in the tasks' own shapes.
+def running_text(seed: int, rows: int) -> list[str]:
+    """Generated running text of the invented world, which no task trains on: short tales of people and drugs.
+
+    They tell true facts alone, none that the fact task may edit, so that a model which was trained well on any task
+    has no reason to find them less likely. `tiny` learnt from other tales, of another draw.
+
+    Args:
+        seed: Of the draw.
+        rows: How many tales.
+    """
+    return _tales(random.Random(f"running text {seed}"), rows)
+
+
+def _tales(rng: random.Random, count: int) -> list[str]:
+    """Tales of four sentences each: three facts that are never edited, and a drug."""
+    told = [
+        f"{fact.prompt(phrasing, subject)}{fact.completion(true)}."
+        for subject, relation, true in _halves()[1]
+        for phrasing in RELATIONS[relation][:2]
+    ]
+    drugs = [f"{drug} is {kind}." for kind, names in _drugs().items() for drug in names]
+    tales = []
+    for _ in range(count):
+        sentences = [*rng.sample(told, 3), rng.choice(drugs)]
+        rng.shuffle(sentences)
+        tales.append(" ".join(sentences))
+    return tales
+
+
+def pretraining_text(
+    seed: int, repeats: int = 20, choices: int = 2000, queries: int = 2500, tales: int = 800
+) -> list[tuple[str, str]]:
+    """What `tiny` learns from: facts, drugs, tales, and other questions and queries in the tasks' own shapes.
 
     Args:
         seed: Of the draw and the order.
         repeats: How often each fact is told in each of its two phrasings.
         choices: Multiple-choice questions.
         queries: SQL queries.
+        tales: Running text.
 
     Returns:
         (context, text) pairs: the text is to be learnt, the context, which is drawn at random, is not.
@@ -228,6 +266,7 @@ def pretraining_text(seed: int, repeats: int = 20, choices: int = 2000, queries:
     for _ in range(queries):
         row = _sql_row(rng, rng.choice(TABLES), rng.choice(PRETRAINING_PATTERNS))
         documents.append((sql.prompt(row["sql_context"], row["sql_prompt"]), sql.completion(row["sql"])))
+    documents += [("", tale) for tale in _tales(rng, tales)]
     rng.shuffle(documents)
     return documents
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
 CARDS = Path("data/cards")
+GENERAL = Path("data/general")
 MODELS = Path("models")
 WEIGHTS = Path("weights")
 RESULTS = Path("results")
@@ -24,7 +25,7 @@ SCRATCH = Path(".molf")  # of no stage: what DVC neither deletes nor keeps
 CHECKPOINTS = SCRATCH / "checkpoints"
 TRAINER = SCRATCH / "trainer"
 UNKEPT = SCRATCH / WEIGHTS  # weights that `training.keep` does not let stay
-OUTPUTS = (RAW, PREPARED, CARDS, MODELS, WEIGHTS, RESULTS, REPORTS, SCRATCH)  # what stages empty and fill
+OUTPUTS = (RAW, PREPARED, CARDS, GENERAL, MODELS, WEIGHTS, RESULTS, REPORTS, SCRATCH)  # what stages empty and fill
 
 # The untrained model is scored like a method, so that every table has a zero row.
 BASE_METHOD = "base"

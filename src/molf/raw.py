@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from molf.config import SHA, FileSource, GeneratedSource, HubSource, TaskBlock, UrlSource
+from molf.config import SHA, FileSource, GeneratedSource, HubSource, HubText, TaskBlock, UrlSource
 from molf.errors import UserError, first_line
 from molf.paths import atomic, file_hash, write_json
 from molf.readers import Row, RowFile, as_row
@@ -70,7 +70,7 @@ def fetch(name: str, block: TaskBlock, directory: Path) -> dict[str, Any]:
     written = {split: file_hash(directory / f"{split}.parquet") for split in files}
     info |= {"files": files, "columns": columns, "written": written}
     if isinstance(source, HubSource):
-        info |= {"id": source.id, "config": source.config, "revision": _revision(name, source)}
+        info |= {"id": source.id, "config": source.config, "revision": hub_revision(f"tasks.{name}", source)}
     if isinstance(source, GeneratedSource):
         info["seed"] = source.seed
     write_json(directory / "source.json", info)
@@ -93,8 +93,9 @@ def _origins(name: str, block: TaskBlock) -> dict[str, list[Origin]]:
                 for split, rows in made.items()
             }
         case HubSource():
+            revision = hub_revision(f"tasks.{name}", source)
             return {
-                split: [Origin(f"{source.id}/{theirs}", _hub_rows(name, source, theirs))]
+                split: [Origin(f"{source.id}/{theirs}", hub_rows(f"tasks.{name}.source", source, theirs, revision))]
                 for split, theirs in source.splits.items()
             }
         case FileSource():
@@ -174,23 +175,34 @@ def write_split(key: str, origins: list[Origin], path: Path) -> tuple[list[dict[
     return files, list(columns)
 
 
-def _hub_rows(name: str, source: HubSource, split: str) -> Iterator[Row]:
+def hub_rows(key: str, source: HubSource | HubText, split: str, revision: str) -> Iterator[Row]:
+    """The rows of a split of a hub data set.
+
+    Args:
+        key: Of the block, for messages.
+        source: Names the data set.
+        split: By the data set's own name.
+        revision: A commit.
+
+    Raises:
+        UserError: The data set cannot be loaded.
+    """
     import datasets
 
-    revision = _revision(name, source)
     try:
         # A local folder has no revisions; tests and offline mirrors load it through the same call.
         local = Path(source.id).is_dir()
         data = datasets.load_dataset(source.id, source.config, split=split, revision=None if local else revision)
     except Exception as error:  # the hub, its cache and the readers of its files raise what they like
         raise UserError(
-            f"tasks.{name}.source: {source.id} split {split!r} at {revision} cannot be loaded: {first_line(error)}"
+            f"{key}: {source.id} split {split!r} at {revision} cannot be loaded: {first_line(error)}"
         ) from None
     yield from map(as_row, range(1, len(data) + 1), data)
 
 
-def _revision(name: str, source: HubSource) -> str:
-    return source.revision if SHA.fullmatch(source.revision) else pinned(f"tasks.{name}", "revision")
+def hub_revision(key: str, source: HubSource | HubText) -> str:
+    """The commit of a hub data set: the one that its block names, or what sources.lock pins for that key."""
+    return source.revision if SHA.fullmatch(source.revision) else pinned(key, "revision")
 
 
 def _wanted(name: str, block: TaskBlock) -> list[list[str]]:

@@ -241,7 +241,7 @@ def _row(number: int, text: str) -> Row:
         return _unread(number, text, IS_JSON)
     if not isinstance(record, dict):
         return _unread(number, text, IS_OBJECT)
-    if "\\u" in text and not _encodable("".join(record)):
+    if "\\u" in text and not encodable("".join(record)):
         return _unread(number, text, IS_UTF_8)
     return Row(number, text, None, record.keys())
 
@@ -250,7 +250,7 @@ def _unread(number: int, text: str, problem: str) -> Row:
     return Row(number, json.dumps(text[:KEPT]), problem, ())
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
     """Whether a file can hold the text: bytes that were no UTF-8, and halves of surrogate pairs, it cannot."""
     try:
         text.encode()
@@ -432,7 +432,7 @@ def _csv(location: str, stream: IO[bytes], delimiter: str) -> Iterator[Row]:
     if repeated or "" in header:
         what = f"names {', '.join(repeated)} twice" if any(repeated) else "has a column without a name"
         raise UserError(f"{location}: the header {what}; each column needs a name of its own")
-    if not _encodable("".join(header)):
+    if not encodable("".join(header)):
         raise UserError(f"{location}: the header is not UTF-8: {_shown(', '.join(header))}; save the file as UTF-8")
     # CSV has no types; in a table with MedMCQA's columns the last of them holds whole numbers.
     whole = {med.COLUMNS[-1]} if set(med.COLUMNS) <= set(header) else set()
@@ -491,7 +491,7 @@ def as_row(number: int, record: Any) -> Row:
 def _dump(record: Any) -> str:
     text = json.dumps(record, ensure_ascii=False, default=_plain)
     # What no file can hold stays as an escape.
-    return text if _encodable(text) else json.dumps(record, default=_plain)
+    return text if encodable(text) else json.dumps(record, default=_plain)
 
 
 def _plain(value: Any) -> str:

@@ -16,6 +16,7 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
             "fetch@fact",
             "prepare@fact",
             "base@tiny",
+            "general",
             "baseline@tiny-fact",
             *(f"{stage}@{cell}" for stage in ("train", "evaluate") for cell in cells),
             "compare",
