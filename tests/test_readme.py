@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from molf.cli import run
@@ -24,6 +25,17 @@ def test_every_command_of_the_readme_exists(capsys: object) -> None:
             run([name, "--help"])
         except SystemExit as ended:
             assert ended.code == 0, name
+
+
+def test_every_command_of_the_guide_to_the_verdict_exists() -> None:
+    text = (ROOT / "docs/verdict.md").read_text()
+    spans = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"```sh\n(.+?)```", text, flags=re.DOTALL)]
+    called = {name for span in spans for name in re.findall(r"\bmolf ([a-z]+)", span)}
+    assert {"compare", "predict", "show", "lineage"} <= called
+    for name in called:
+        with pytest.raises(SystemExit) as ended:
+            run([name, "--help"])
+        assert ended.value.code == 0, name
 
 
 def test_every_file_of_the_readme_exists() -> None:

@@ -33,7 +33,12 @@ def run(arguments: Sequence[str]) -> int:
         prog="molf", description="Fine-tune with FFT, LoRA and MoLF, and see which to use on your data."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("run", help="bring everything up to date (dvc repro) and print the comparison")
+    commands.add_parser(
+        "run",
+        help="bring everything up to date (dvc repro) and print the comparison",
+        epilog="next: open reports/report.html; `molf show` prints the comparison again, `molf lineage CELL` follows a "
+        "score back to its source, `molf predict CELL FILE` asks a trained model",
+    )
     commands.add_parser("check", help="look for mistakes in params.yaml")
     look = commands.add_parser("inspect", help="look at a data file: its task, what is wrong, the block to paste")
     look.add_argument("file", help="JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; a path, a URL or a folder")
@@ -50,6 +55,9 @@ def run(arguments: Sequence[str]) -> int:
     estimate.add_argument("--no-probe", action="store_true", help="memory and disk only, in seconds")
     estimate.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
     commands.add_parser("show", help="print the last comparison")
+    compare = commands.add_parser("compare", help="fail if a score fell since a git revision: a gate for CI")
+    compare.add_argument("--against", metavar="REVISION", help="such as main, HEAD~1, a tag")
+    compare.add_argument("--json", action="store_true", help="all numbers, and which examples were lost and won")
     preset = commands.add_parser("preset", help="apply a preset to params.yaml and show what changes")
     preset.add_argument("name", nargs="?", help="without it, the presets are listed")
     preset.add_argument("--dry-run", action="store_true", help="only show what would change")
@@ -105,6 +113,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(lambda: estimate_grid(None if options.no_probe else options.probe, options.json))
         case "show":
             return main(show)
+        case "compare":
+            return main(lambda: compare_with(options.against, options.json))
         case "preset":
             return main(lambda: apply_preset(options.name, options.dry_run))
         case "pin":
@@ -240,6 +250,34 @@ def show() -> None:
     if not path.is_file():
         raise UserError(f"there is no {path} yet; `make run` makes it")
     print(terminal_table(read_json(path)))
+
+
+def compare_with(revision: str | None, as_json: bool) -> None:
+    """Compares the results here with those of a git revision.
+
+    Raises:
+        RunError: A score fell.
+    """
+    if revision is None:
+        raise UserError(
+            "compare needs --against REVISION, whose results those here are held against; `molf run` compares the "
+            "grid's methods with one another, `molf show` prints that"
+        )
+    params = load_params()
+
+    from molf import gate
+
+    result = gate.against(Path.cwd(), revision, params)
+    print(json.dumps(result, indent=2) if as_json else gate.table(result))
+    said = gate.verdict(result)
+    if result["fell"]:
+        raise RunError(
+            f"{', '.join(result['fell'])} fell beyond the interval, which is exit code 1; {said}\n"
+            f"next: git diff {revision} -- params.yaml src; molf predict CELL FILE shows answers"
+        )
+    if not as_json:
+        print(f"no score fell beyond its interval, which is exit code 0; {said}")
+        print("next: molf show")
 
 
 def apply_preset(name: str | None, dry_run: bool) -> None:

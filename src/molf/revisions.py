@@ -86,6 +86,14 @@ class Revision:
             raise UserError(f"{self.name}: {error}") from None
         return {Path(entry["name"]).name for entry in entries if entry.get("md5")}
 
+    def has(self, path: Path) -> bool:
+        """Whether a file is there that git keeps, or that DVC keeps as an output of its own."""
+        try:
+            info = self._files.info(str(self._base / path))
+        except FileNotFoundError:
+            return False
+        return bool(info.get("md5")) or not info.get("dvc_info", {}).get("isout", False)
+
     def files(self, folder: Path) -> set[str]:
         base = self._base / folder
         try:
