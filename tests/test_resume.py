@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 
-from molf import checkpoint, machine
+from molf import checkpoint, machine, meter
 from molf.batches import SeededOrder
 from molf.checkpoint import Checkpoints, part
 from molf.config import check_params, read_yaml
@@ -354,6 +354,24 @@ def test_every_machine_that_a_training_ran_on_is_kept(base: Path, tmp_path: Path
     once = replace(job, folder=tmp_path / "once")
     once.folder.mkdir()
     assert run(once).summary["warnings"] == []
+
+
+def test_the_energy_of_a_resumed_training_is_that_of_all_its_stretches(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device of one kilowatt: its joules are the training's milliseconds, those of checkpoints' writing left out."""
+    counter = meter.Counter(lambda: int(1e6 * time.monotonic()), 1e-3)
+    monkeypatch.setattr(meter, "here", lambda: meter.Meter(meter.Device([counter], "a kilowatt")))
+    job = Job(base, tmp_path / "cell", "lora", steps=12)
+    job.folder.mkdir()
+    with pytest.raises(Interrupted):
+        run(job, Stopper(5))
+    time.sleep(1)
+    summary = run(job).summary
+    assert summary["energy_joules"] == pytest.approx(1000 * summary["train_seconds"], rel=0.3, abs=100)
+    assert summary["energy_source"] == "a kilowatt"
+    assert summary["other_load"] is None or summary["other_load"] >= 0
+    assert summary["contended"] in (True, False, None)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

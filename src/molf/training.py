@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from molf import collective, estimate, sharding
+from molf import collective, estimate, meter, sharding
 from molf.batches import (
     Collator,
     Examples,
@@ -197,6 +197,7 @@ class Recorder(TrainerCallback):
         self.rows: list[dict[str, float]] = []
         self.started = self.last = 0.0
         self.before = 0.0  # seconds of training before this process
+        self.meter = meter.here()
         self.peak = 0
         self.rate = 0.0
 
@@ -207,20 +208,23 @@ class Recorder(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"rows": self.rows, "seconds": self.seconds, "peak": self.peak}
+        return {"rows": self.rows, "seconds": self.seconds, "peak": self.peak, "meter": self.meter.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint; the listener hears what it may have missed."""
         self.rows, self.before, self.peak = state["rows"], state["seconds"], state["peak"]
+        self.meter.load_state_dict(state["meter"])
         if self.listener is not None:
             self.listener.log(self.rows)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = self.last = time.perf_counter()
+        self.meter.start()
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.perf_counter()
         self.started, self.last = self.started + now - self.last, now
+        self.meter.start()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rate = float(self.optimizer.param_groups[0]["lr"])
@@ -233,6 +237,7 @@ class Recorder(TrainerCallback):
         if not logs or "loss" not in logs or self.trainer is None:
             return
         now = time.perf_counter()
+        self.meter.look()
         self.peak = max(self.peak, collective.anyone(peak_memory()))
         tokens, self.trainer.step_tokens = collective.total(self.trainer.step_tokens), 0
         row = {
@@ -361,6 +366,7 @@ def train(
         else:
             keeper.train(trainer, {"recorder": recorder} | ({"routing": routing} if routing else {}))
         seconds = recorder.seconds
+        recorder.meter.stop()
         record = pd.DataFrame(routing.columns()) if routing is not None else None
         routed = routing.summary() if routing is not None else None
     except RoutingError as error:
@@ -390,6 +396,7 @@ def train(
         "final_loss": float(history["loss"].tail(max(1, len(history) // 10)).mean()),
         "train_seconds": seconds,
         "tokens_per_second": float(history["tokens"].sum() / seconds),
+        **recorder.meter.totals().summary(),
         "peak_memory_bytes": max(recorder.peak, *peaks),
         "peak_memory_bytes_of_all": sum(peaks),
         "processes": training.processes,
