@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -228,9 +229,62 @@ def test_processes_that_train_together_are_not_each_other_s_load() -> None:
     assert Totals.beside([one], each=True) == one
 
 
-def test_a_gpu_that_is_not_there_tells_nothing() -> None:
-    device = gpu("GPU-00000000-0000-0000-0000-000000000000")
-    assert device.counters == () and device.others is not None and device.others() is None
+class Nvml(ModuleType):
+    """Stands in for NVIDIA's library: a GPU with a counter of 2 J more at each reading, and some processes on it."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, lacks: str = "", processes: int = 1) -> None:
+        super().__init__("pynvml")
+        self.lacks, self.processes, self.energy = lacks, processes, 0
+
+    def had(self, what: str) -> None:
+        if what == self.lacks:
+            raise Nvml.NVMLError(f"no {what}")
+
+    def nvmlInit(self) -> None:
+        self.had("driver")
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        assert uuid == "GPU-12ab"
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        self.had("counter")
+        self.energy += 2000
+        return self.energy
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[int]:
+        self.had("processes")
+        return list(range(self.processes))
+
+
+@pytest.mark.parametrize(
+    ("nvml", "joules", "contended"),
+    [
+        (Nvml(), 2.0, False),
+        (Nvml(processes=3), 2.0, True),
+        (Nvml(processes=0), 2.0, False),  # seen from a container
+        (Nvml("counter"), None, False),
+        (Nvml("processes"), 2.0, None),
+        (Nvml("driver"), None, None),
+        (None, None, None),  # not installed
+    ],
+)
+def test_what_a_gpu_s_driver_tells(
+    nvml: Nvml | None, joules: float | None, contended: bool | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    machine.zone("intel-rapl:0", "package-0", 5)
+    meter = machine.meter(gpu("12ab"))
+    meter.start()
+    machine.pass_time(10, own=10)
+    machine.zone("intel-rapl:0", "package-0", 9_000_000)  # which is not the GPU's
+    meter.stop()
+    found = meter.totals().summary()
+    assert (found["energy_joules"], found["contended"]) == (joules, contended)
+    assert found["energy_source"] == ("GPU (NVML)" if joules else None)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the kernel tells of no processes")

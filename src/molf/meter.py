@@ -226,7 +226,7 @@ def here() -> Meter:
     import torch
 
     if torch.cuda.is_available():
-        return Meter(gpu(f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"))
+        return Meter(gpu(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)))
     return Meter(packages())
 
 
@@ -256,7 +256,7 @@ def gpu(uuid: str) -> Device:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
     except Exception:  # no library, no driver, another package of that name: then nothing is known
         return Device(others=lambda: None)
 

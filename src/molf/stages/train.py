@@ -129,6 +129,11 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     )
     if summary["routing"]:
         print("  routing: " + ", ".join(f"{name} {share:.0%}" for name, share in summary["routing"]["share"].items()))
+    if summary["energy_joules"]:
+        print(f"  energy {summary['energy_joules'] / 1000:,.1f} kJ, {summary['energy_source']}")
+    if summary["contended"]:
+        load = f"{summary['other_load'] or 0:.1f} cores"
+        print(f"  other processes computed meanwhile ({load}): its time and energy compare with no other cell's")
     if summary["resumed_at_steps"]:
         print(f"  resumed after steps {', '.join(map(str, summary['resumed_at_steps']))}")
     for warning in summary["warnings"]:
