@@ -95,6 +95,16 @@ def test_other_examples_are_compared_by_the_two_intervals() -> None:
     assert "(the test rows changed)" in judged(replace(then, cells=changed), then)["note"]
 
 
+def test_unpaired_scores_that_did_not_change_seldom_fall() -> None:
+    rng = np.random.default_rng(0)
+    fallen = 0
+    for shares in rng.binomial(200, 0.7, size=(2000, 2)) / 200:
+        half = 1.96 * np.sqrt(shares * (1 - shares) / 200)
+        sides = [{"mean": mean, "low": mean - h, "high": mean + h} for mean, h in zip(shares, half, strict=True)]
+        fallen += gate.unpaired(*sides)["change"] is Change.FELL
+    assert 0.01 < fallen / 2000 < 0.04  # 0.025 in theory
+
+
 def test_another_score_is_not_judged_and_what_else_changed_is_said() -> None:
     then = version("a", {0: right(150)}, config={"seed": 0, "r": 8}, code="x", versions={"torch": "2.1"})
     now = version("b", {0: right(120)}, config={"seed": 0, "r": 4}, code="y", versions={"torch": "2.2"})

@@ -148,6 +148,34 @@ def test_a_prompt_that_is_too_long_costs_itself_only(monkeypatch: pytest.MonkeyP
     assert found[1]["error"] == "is 36 tokens long; with 5 of an answer the model has places for 40"
 
 
+def test_a_conversation_that_the_template_refuses_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strict:
+        """A chat template without a system's turn."""
+
+        def __init__(self, tokenizer: Any) -> None: ...
+
+        def encode_prompt(self, messages: Any) -> list[int]:
+            if messages[0]["role"] == "system":
+                raise UserError("the model's chat template refuses it")
+            return [0] * 50
+
+    class Chatting(Model):
+        def chat(self, conversations: Any, max_new_tokens: int) -> list[str]:
+            for talk in conversations:
+                Strict(None).encode_prompt(talk)
+            return super().chat(conversations, max_new_tokens)
+
+    monkeypatch.setattr(asking, "Chat", Strict)
+    asked = asked_of(monkeypatch, "completion", CompletionOptions(messages="talk"), Chatting(str.upper))
+    system, turn = {"role": "system", "content": "be"}, {"role": "user", "content": "hi"}
+    found = answered(asked, [{"talk": [system, turn]}, {"talk": [turn]}])
+    assert [row["error"] for row in found] == ["the model's chat template refuses it", None]
+    assert [row["prediction"] for row in found] == [None, "HI"]
+    asked = asked_of(monkeypatch, "completion", CompletionOptions(messages="talk"), Chatting(str.upper, places=40))
+    (long,) = answered(asked, [{"talk": [turn]}])
+    assert long["error"] == "is 50 tokens long; with 8 of an answer the model has places for 40"
+
+
 def test_rows_that_cannot_be_read_and_lines_of_a_pipe() -> None:
     stream = io.BytesIO(b"\xef\xbb\xbfone two\r\n\n  \n \xff\nthree")
     found = list(predict.prompts(stream))

@@ -282,7 +282,7 @@ def _row(
         return row | {"note": f"the score was {group['task_kind']}'s {group['primary_name']} then"}
     unlike = _unlike(pairs, group_now["task_kind"])
     if unlike:
-        return row | _unpaired(old, new) | {"note": f"not the same examples ({unlike}): the two intervals are compared"}
+        return row | unpaired(old, new) | {"note": f"not the same examples ({unlike}): the two intervals are compared"}
     note = "" if every[0] == every[1] else f"on the seeds of both; then {_numbers(every[0])}, now {_numbers(every[1])}"
     return row | _paired(pairs, group_now["task_kind"], confidence, resamples, seed) | {"note": note}
 
@@ -339,7 +339,7 @@ def _examples(pairs: Sequence[tuple[Scored, Scored]], binary: str | None) -> dic
     }
 
 
-def _unpaired(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def unpaired(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The difference of two independent estimates from their intervals (Newcombe 1998, Zou and Donner 2008).
 
     The distance of each bound from its mean stands for that side's standard error, so that intervals need not be

@@ -166,7 +166,7 @@ def as_text(asked: Asked, question: Question, record: dict[str, Any]) -> str:
         return "\n".join([*lines, line("error", plain(question.error))])
     for i, name in enumerate(names):
         key = "other_prediction" if i else "prediction"
-        text = plain(record[key])
+        text = plain(record[key]) or "(nothing)"
         if asked.by_letter:
             text += f": {plain(record[f'{key}_option'])} ({record[f'{key}_probability']:.0%})"
         judged = record["other_right" if i else "right"]
