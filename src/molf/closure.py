@@ -13,7 +13,7 @@ VIEWS = frozenset(
     f"molf{name}"
     for name in (
         *("", ".errors", ".config", ".problems", ".paths"),
-        *(".machine", ".tracking", ".lineage", ".cards", ".closure", ".estimate", ".memory"),
+        *(".machine", ".tracking", ".lineage", ".notes", ".cards", ".closure", ".estimate", ".memory"),
     )
 )
 

@@ -6,6 +6,7 @@ No field that shapes a result has a default: what a cell was made with stands in
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -606,3 +607,14 @@ def fingerprint(*parts: Any) -> str:
 def untrained_fingerprint(model_hash: str) -> str:
     """What stands for a training's fingerprint where there was none: the base model as it came."""
     return fingerprint("untrained", model_hash)
+
+
+def evaluation_fingerprint(metrics: Mapping[str, Any]) -> str:
+    """What an evaluation's numbers depend on, as one hash.
+
+    Args:
+        metrics: What evaluation/metrics.json holds, this fingerprint aside.
+    """
+    asked = metrics["general"]["hash"] if metrics.get("general") else None
+    parts = ("train_fingerprint", "data_hash", "evaluation", "code")
+    return fingerprint(*(metrics[part] for part in parts), asked)

@@ -439,7 +439,8 @@ def evaluation_seconds(params: Params) -> float | None:
     for model in params.grid.models:
         for task in params.grid.tasks:
             files = (RESULTS / model / task).glob("*/*/evaluation/metrics.json")
-            seconds = [float(read_json(file)["seconds"]) for file in files]
+            told = [read_json(file) for file in files]
+            seconds = [float(metrics["seconds"] + metrics.get("damage_seconds", 0)) for metrics in told]
             if not seconds:
                 return None
             cells = len(params.grid.methods) * len(params.grid.seeds) + 1  # the untrained model is one more

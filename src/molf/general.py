@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from molf.config import FileText, GeneralBlock, GeneratedText, HubText, NoText
 from molf.errors import UserError
-from molf.paths import file_hash, write_json, write_parquet
+from molf.paths import file_hash, read_json, write_json, write_parquet
 from molf.raw import hub_revision, hub_rows
 from molf.readers import IS_UTF_8, Row, RowFile, encodable
 
@@ -77,6 +77,18 @@ def text_hash(texts: Iterable[str], max_length: int) -> str:
     for text in texts:
         digest.update(b"\0" + hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:16]
+
+
+def folder_hash(directory: Path) -> str:
+    """`text_hash` of the texts that a folder holds.
+
+    Args:
+        directory: As `collect` fills it, of another kind than none.
+    """
+    import pandas as pd
+
+    summary = read_json(directory / "summary.json")
+    return text_hash(pd.read_parquet(directory / "text.parquet")["text"], summary["max_length"])
 
 
 def _given(block: GeneratedText | FileText | HubText) -> tuple[dict[str, Any], Iterator[Given]]:

@@ -1,7 +1,7 @@
-"""Where a number of the report comes from: what the stages note of it, and the chain back to the source, checked.
+"""Where a number of the report comes from: the chain back to its source, checked.
 
-A note enters no fingerprint. What it says is checked against the files that are here, so that a chain holds on any
-machine, whatever of it was pulled.
+What the stages noted is held against the files that are here, so that a chain holds on any machine, whatever of it was
+pulled.
 """
 
 import difflib
@@ -14,17 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from molf import closure, errors, models, records, tracking
-from molf.config import PARAMS, SPLITS, Params, cell_config, fingerprint, untrained_fingerprint
+from molf.config import (
+    PARAMS,
+    SPLITS,
+    Params,
+    cell_config,
+    evaluation_fingerprint,
+    fingerprint,
+    untrained_fingerprint,
+)
 from molf.errors import RunError, UserError, first_line
-from molf.paths import BASE_METHOD, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash
+from molf.paths import BASE_METHOD, GENERAL, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash
 from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
-RECORDS = ("run.json", "summary.json")  # what a training tells of itself: its parts, its time, memory and loss
 SHOWN_CELLS = 20  # of those that are named when one is not known
 LONG_HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")  # a sha256, of which a line shows the first digits
 SHOWN_SCORES = 5  # of those that are not what the rows give
 TOLERANCE = 1e-6  # between a score and the same one recomputed from its rows
+DAMAGE = {"general.parquet": "general losses", "weights.parquet": "moves of weights"}  # what its links are called
 
 
 class State(StrEnum):
@@ -58,82 +66,6 @@ class Chain:
     def differing(self) -> list[Link]:
         """The links that are not what they were."""
         return [link for link in self.links if link.state is State.DIFFERS]
-
-
-# --- what the stages note --------------------------------------------------------------------------------------------
-
-
-def data_record(summary: Mapping[str, Any], license: str) -> dict[str, Any]:
-    """What is known of a prepared data set, as kept in every `run.json`: its summary.json, its hash as `hash`.
-
-    The licence comes from params.yaml: in the data's own folder, a word of it would train every cell anew.
-    """
-    rest = {key: value for key, value in summary.items() if key != "data_hash"}
-    return {"hash": summary["data_hash"], "license": license, **rest}
-
-
-def of_training(
-    record: Mapping[str, Any], weights: Path, kept: bool, trained_on: str, results: Path, run_id: str | None
-) -> dict[str, Any]:
-    """What a training knows of where its numbers come from, for train/summary.json.
-
-    Args:
-        record: What run.json holds.
-        weights: The folder that holds the weights.
-        kept: Whether they stay there after the evaluation.
-        trained_on: sha256 of the train rows' file, taken before they were read.
-        results: results/CELL/train, with history.parquet and perhaps routing.parquet.
-        run_id: MLflow's id of the live run; None if there was none.
-    """
-    cell = Cell(**record["cell"])
-    return {
-        "weights": {"path": str(cell.weights), "hash": models.folder_hash(weights), "kept": kept},
-        "records": {path.name: file_hash(path) for path in sorted(results.glob("*.parquet"))},
-        "params": {"path": str(PARAMS), "hash": fingerprint(record["config"])},
-        "data": {
-            "path": str(PREPARED / cell.task),
-            "hash": record["data"]["hash"],
-            "files": {"train.parquet": trained_on},
-        },
-        "source": record["data"]["source"],
-        "model": {"path": str(MODELS / cell.model), **record["model"]},
-        "code": record["code"],
-        "git_commit": record["git_commit"],
-        "mlflow_run": run_id,
-    }
-
-
-def of_evaluation(
-    cell: Cell,
-    predictions: Path,
-    weights_hash: str,
-    model: Mapping[str, Any],
-    data: Mapping[str, Any],
-    asked: str,
-    git_commit: str | None,
-) -> dict[str, Any]:
-    """What an evaluation knows of where its scores come from, for evaluation/metrics.json.
-
-    Args:
-        cell: The cell, or the untrained model's.
-        predictions: predictions.parquet.
-        weights_hash: Of the folder whose weights were asked.
-        model: The base model's description.
-        data: The prepared data's summary.json.
-        asked: sha256 of the test rows' file, taken before they were read.
-        git_commit: The checked-out commit.
-    """
-    train = cell.results / "train"
-    told = [train / name for name in RECORDS]
-    return {
-        "predictions": {"path": str(predictions), "sha256": file_hash(predictions)},
-        "weights": {"hash": weights_hash},
-        "training": {path.name: file_hash(path) for path in told if path.is_file()},
-        "data": {"path": str(PREPARED / cell.task), "hash": data["data_hash"], "files": {"test.parquet": asked}},
-        "source": data["source"],
-        "model": {"path": str(MODELS / cell.model), **model},
-        "git_commit": git_commit,
-    }
 
 
 # --- the chain -------------------------------------------------------------------------------------------------------
@@ -187,6 +119,8 @@ def trace(cell: Cell, params: Params) -> Chain:
     data_hash = metrics["data_hash"] if metrics else run["data"]["hash"]
     source = run["data"]["source"] if run else seen.get("source")
     links += [_model(cell, model, metrics), *_data(cell, data_hash, [noted, seen]), *_source(cell.task, source)]
+    if metrics and metrics.get("general"):
+        links.append(_general(cell, metrics["general"]))
     if run is not None:
         links.append(_code("training code", "molf.stages.train", run["code"], run["git_commit"]))
     if metrics:
@@ -237,7 +171,7 @@ def _scored(
 ) -> list[Link]:
     """From the report's number to the rows that it was computed from, and the training that was asked."""
     path = cell.results / "evaluation/predictions.parquet"
-    key = fingerprint(metrics["train_fingerprint"], metrics["data_hash"], metrics["evaluation"], metrics["code"])
+    key = evaluation_fingerprint(metrics)
     changes = _changes(metrics["evaluation"], params.evaluation.model_dump(mode="json"))
     wrong = ""
     if (key, metrics["cell"]) != (metrics["fingerprint"], asdict(cell)):
@@ -248,6 +182,7 @@ def _scored(
         _reported(cell, metrics),
         _recomputed(metrics, path),
         _file("predictions", path, seen.get("predictions", {}).get("sha256")),
+        *(_file(DAMAGE[name], path.with_name(name), digest) for name, digest in seen.get("tables", {}).items()),
         _compared(
             "evaluation",
             f"fingerprint {metrics['fingerprint']}",
@@ -425,6 +360,26 @@ def _source(task: str, source: Mapping[str, Any] | None) -> list[Link]:
         if hashed:
             links.append(_files(f"{split} source", hashed))
     return links
+
+
+def _general(cell: Cell, told: Mapping[str, Any]) -> Link:
+    """The general loss: whether the texts that were asked are those that are here, and give it."""
+    from molf.general import folder_hash
+
+    value = f"loss {told['loss']:.6f} on {told['texts']} texts, hash {told['hash']}"
+    losses = cell.results / "evaluation/general.parquet"
+    if not losses.is_file() or not (GENERAL / "text.parquet").is_file():
+        return _away("general text", value, losses if not losses.is_file() else GENERAL)
+
+    import pandas as pd
+
+    wrong = []
+    if (now := folder_hash(GENERAL)) != told["hash"]:
+        wrong.append(f"the texts here have {now}")
+    frame = pd.read_parquet(losses, columns=["nll", "tokens"])
+    if not _alike(float(frame["nll"].sum() / frame["tokens"].sum()), told["loss"]):
+        wrong.append(f"{losses} gives another loss")
+    return _compared("general text", value, str(GENERAL), not wrong, "; ".join(wrong))
 
 
 def _files(name: str, files: list[tuple[Path, str]]) -> Link:

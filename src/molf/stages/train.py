@@ -46,10 +46,10 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         checkpoint,
         closure,
         collective,
-        lineage,
         machine,
         memory,
         methods,
+        notes,
         resume,
         tracking,
         training,
@@ -66,7 +66,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, versions),
         "config": config,
-        "data": lineage.data_record(data, params.tasks[cell.task].license),
+        "data": notes.data_record(data, params.tasks[cell.task].license),
         "model": model,
         "code": code,
         "git_commit": machine.git_commit(),
@@ -118,7 +118,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
             "cell": cell.name,
             "fingerprint": record["fingerprint"],
             **outcome.summary,
-            "lineage": lineage.of_training(record, target, kept, trained_on, results, live.run_id),
+            "lineage": notes.of_training(record, target, kept, trained_on, results, live.run_id),
         }
         write_json(results / "summary.json", summary)
         write_json(results / "run.json", record)
