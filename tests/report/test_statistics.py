@@ -81,9 +81,10 @@ def test_answers_that_are_all_alike_leave_as_much_open_as_none_of_n_does(seeds: 
 
 
 def test_bounds_stay_inside_the_span_and_one_example_says_next_to_nothing() -> None:
-    nearly = np.ones((1, 3, 30, 1))
-    nearly[0, :, 0] = 0
-    assert scores(nearly).interval(0).high == 1.0
+    nearly = np.zeros((2, 3, 30, 1))
+    nearly[0, :, 1:] = 1
+    assert scores(nearly).interval(0).high < 1.0
+    assert scores(nearly).difference(0, 1).high == 1.0
     one = scores(np.ones((1, 3, 1, 1))).interval(0)
     assert one.low < 0.05
 

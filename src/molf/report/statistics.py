@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
+from scipy.special import bdtr, expit, logit, stdtrit
 
 CHUNK = 4_000_000  # resampled example counts held at a time
 STEP = 1e-6  # of the numeric gradient of a primary score
@@ -68,9 +68,11 @@ class Scores:
     """Scores of methods that saw the same seeds and the same examples: the interval of each and of each difference.
 
     One seed: a percentile bootstrap over examples (`bootstrap`). Two and more: the crossed random-effects t interval
-    (`crossed`), which with two seeds has one degree of freedom to tell how seeds differ, and is called exploratory: in
-    simulations it covered the truth in 90 to 99 % of cases instead of 95. Both are then held apart as far as answers
-    that were not seen could hold them (`widened`).
+    (`crossed`), a score's on the logit scale. Both are then held apart as far as answers that were not seen could hold
+    them (`widened`). In simulations of binary answers 95 % intervals covered the truth in 93 to 97 % of cases from 3
+    seeds on; down to 91 where a score near an end differs strongly between seeds (0.03 to 0.3, say), and up to 99 where
+    a handful of answers are right or wrong. Two seeds have one degree of freedom to tell how seeds differ: mostly 89 to
+    96 %, so they are called exploratory.
 
     Args:
         values: Per-example values, methods x seeds x examples x components; NaN leaves an example out.
@@ -103,13 +105,13 @@ class Scores:
     def interval(self, method: int) -> Interval:
         """A method's mean score over seeds."""
         drawn = None if self.drawn is None else self.drawn[method]
-        return self._interval(self.table[method], drawn, self.span)
+        return self._interval(self.table[method], drawn, self.span, on_logit=self.span is not None)
 
     def difference(self, method: int, versus: int) -> Interval:
         """The first method's mean score minus the second's."""
         drawn = None if self.drawn is None else self.drawn[method] - self.drawn[versus]
         span = None if self.span is None else (self.span[0] - self.span[1], self.span[1] - self.span[0])
-        return self._interval(self.table[method] - self.table[versus], drawn, span)
+        return self._interval(self.table[method] - self.table[versus], drawn, span, on_logit=False)
 
     def needed(self, method: int, versus: int, margin: float) -> tuple[int | None, int | None]:
         """How many seeds or examples would decide a difference, as `needed` says; None where it is decided."""
@@ -120,9 +122,11 @@ class Scores:
         seeds, examples = table.shape
         return needed(found.mean, variance_components(table), seeds, examples, margin, self.confidence)
 
-    def _interval(self, table: np.ndarray, drawn: np.ndarray | None, span: tuple[float, float] | None) -> Interval:
+    def _interval(
+        self, table: np.ndarray, drawn: np.ndarray | None, span: tuple[float, float] | None, on_logit: bool
+    ) -> Interval:
         if drawn is None:
-            mean, low, high = crossed(table, self.confidence, span)
+            mean, low, high = crossed(table, self.confidence, span, on_logit)
             return Interval(float(mean), float(low), float(high))
         found = percentile(float(table.mean()), drawn, self.confidence)
         low, high = widened(found.mean, found.low, found.high, table.shape[1], self.confidence, span)
@@ -200,7 +204,7 @@ def variance_components(table: np.ndarray) -> Components:
 
 
 def crossed(
-    table: np.ndarray, confidence: float, span: tuple[float, float] | None = None
+    table: np.ndarray, confidence: float, span: tuple[float, float] | None = None, on_logit: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Crossed random-effects t interval of a mean over seeds and examples, both random.
 
@@ -211,6 +215,8 @@ def crossed(
         table: ... x seeds x examples, at least two seeds.
         confidence: Such as 0.95.
         span: Least and greatest value that the mean can have, or None.
+        on_logit: Whether the interval is one of the mean's logit within its span. For scores, whose spread is the less
+            the nearer they are to an end; a difference has no such habit.
 
     Returns:
         Mean, lower and upper bound, each of the leading shape.
@@ -221,10 +227,24 @@ def crossed(
     mean, quantile = table.mean(axis=(-2, -1)), 0.5 + confidence / 2
     half = stdtrit(_freedom(of_seeds, beyond, seeds, examples), quantile)
     half = half * np.sqrt((of_seeds + beyond) / (seeds * examples))
+    low, high = mean - half, mean + half
+    if on_logit and span is not None:
+        low, high = _by_logit(mean, half, span)
     # As many independent answers as this mean's variance over examples is worth: N if seeds answer alike, up to S N.
     single, averaged = beyond / seeds + rest, beyond / seeds + rest / seeds
     worth = examples * np.where(averaged > 0, single / np.where(averaged > 0, averaged, 1.0), 1.0)
-    return mean, *widened(mean, mean - half, mean + half, worth, confidence, span)
+    return mean, *widened(mean, low, high, worth, confidence, span)
+
+
+def _by_logit(mean: np.ndarray, half: np.ndarray, span: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of a mean from its half width, taken over to its logit by the delta method; at an end they stay."""
+    width = span[1] - span[0]
+    share = (mean - span[0]) / width
+    inside = (share > 0) & (share < 1)
+    share = np.where(inside, share, 0.5)
+    reach = half / width / (share * (1 - share))
+    low, high = (span[0] + width * expit(logit(share) + sign * reach) for sign in (-1, 1))
+    return np.where(inside, low, mean - half), np.where(inside, high, mean + half)
 
 
 def _freedom(of_seeds: np.ndarray, beyond: np.ndarray, seeds: int, examples: int) -> np.ndarray:
