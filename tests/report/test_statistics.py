@@ -207,6 +207,14 @@ def test_more_of_what_hardly_varies_never_decides() -> None:
     assert needed(-0.015, Components(0.1, 0.1, 0.1), 3, 100, 0.015, 0.95) == (None, None)
 
 
+def test_methods_that_never_differed_need_as_many_examples_as_rule_out_a_difference_of_the_margin() -> None:
+    alike = np.ones((2, 1, 100, 1))
+    seeds, examples = scores(alike).needed(0, 1, 0.015)
+    assert (seeds, examples) == (None, 245)  # 1 - 0.025 ** (1 / 245) is just below 0.015
+    assert scores(np.ones((2, 1, 245, 1))).needed(0, 1, 0.015) == (None, None)
+    assert scores(np.ones((2, 1, 245, 1))).difference(0, 1).low > -0.015
+
+
 def test_front() -> None:
     assert front([0.9, 0.5, 0.8, 0.8, 0.7], [4, 1, 2, 2, 3]) == [1, 2, 3, 0]
     assert statistics.front([0.5], [1]) == [0]

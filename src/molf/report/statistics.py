@@ -110,8 +110,8 @@ class Scores:
     def difference(self, method: int, versus: int) -> Interval:
         """The first method's mean score minus the second's."""
         drawn = None if self.drawn is None else self.drawn[method] - self.drawn[versus]
-        span = None if self.span is None else (self.span[0] - self.span[1], self.span[1] - self.span[0])
-        return self._interval(self.table[method] - self.table[versus], drawn, span, on_logit=False)
+        table = self.table[method] - self.table[versus]
+        return self._interval(table, drawn, self._span_of_differences(), on_logit=False)
 
     def needed(self, method: int, versus: int, margin: float) -> tuple[int | None, int | None]:
         """How many seeds or examples would decide a difference, as `needed` says; None where it is decided."""
@@ -120,7 +120,11 @@ class Scores:
             return None, None
         table = self.table[method] - self.table[versus]
         seeds, examples = table.shape
-        return needed(found.mean, variance_components(table), seeds, examples, margin, self.confidence)
+        variances = variance_components(table)
+        return needed(found.mean, variances, seeds, examples, margin, self.confidence, self._span_of_differences())
+
+    def _span_of_differences(self) -> tuple[float, float] | None:
+        return None if self.span is None else (self.span[0] - self.span[1], self.span[1] - self.span[0])
 
     def _interval(
         self, table: np.ndarray, drawn: np.ndarray | None, span: tuple[float, float] | None, on_logit: bool
@@ -230,10 +234,13 @@ def crossed(
     low, high = mean - half, mean + half
     if on_logit and span is not None:
         low, high = _by_logit(mean, half, span)
-    # As many independent answers as this mean's variance over examples is worth: N if seeds answer alike, up to S N.
-    single, averaged = beyond / seeds + rest, beyond / seeds + rest / seeds
-    worth = examples * np.where(averaged > 0, single / np.where(averaged > 0, averaged, 1.0), 1.0)
-    return mean, *widened(mean, low, high, worth, confidence, span)
+    return mean, *widened(mean, low, high, _answers(beyond / seeds, rest, seeds, examples), confidence, span)
+
+
+def _answers(of_examples: np.ndarray | float, rest: np.ndarray | float, seeds: int, examples: int) -> np.ndarray:
+    """How many independent answers a mean's variance over examples is worth: N if seeds answer alike, up to S N."""
+    single, averaged = np.asarray(of_examples + rest), np.asarray(of_examples + rest / seeds)
+    return examples * np.where(averaged > 0, single / np.where(averaged > 0, averaged, 1.0), 1.0)
 
 
 def _by_logit(mean: np.ndarray, half: np.ndarray, span: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -336,7 +343,13 @@ def non_inferiority(differences: Iterable[Interval], margin: float) -> Outcome:
 
 
 def needed(
-    difference: float, variances: Components, seeds: int, examples: int, margin: float, confidence: float
+    difference: float,
+    variances: Components,
+    seeds: int,
+    examples: int,
+    margin: float,
+    confidence: float,
+    span: tuple[float, float] | None = None,
 ) -> tuple[int | None, int | None]:
     """How many seeds, or else how many examples, would decide a difference against the margin.
 
@@ -349,6 +362,7 @@ def needed(
         seeds, examples: Of the comparison that did not decide.
         margin: What counts as not worse.
         confidence: Of the intervals.
+        span: Least and greatest value that a difference can have, as in `crossed`.
 
     Returns:
         Seeds in all at this number of examples, and examples in all at this number of seeds. None where more of that
@@ -362,7 +376,10 @@ def needed(
         else:
             freedom = float(_freedom(np.asarray(of_seeds), np.asarray(beyond), s, n))
         reach = stdtrit(freedom, 0.5 + confidence / 2) + stdtrit(freedom, POWER)
-        return bool(abs(difference + margin) > reach * np.sqrt((of_seeds + beyond) / (s * n)))
+        reach *= np.sqrt((of_seeds + beyond) / (s * n))
+        answers = _answers(variances.examples, variances.rest, s, n)
+        low, high = widened(difference, difference - reach, difference + reach, answers, confidence, span)
+        return bool(low > -margin or high < -margin)
 
     many_seeds = None if variances.seeds is None else _least(lambda s: decides(s, examples), seeds + 1, MOST_SEEDS)
     return many_seeds, _least(lambda n: decides(seeds, n), examples + 1, MOST_EXAMPLES)
