@@ -91,7 +91,11 @@ class Result:
 
 
 def side_by_side(
-    sides: Mapping[str, Callable[[], object]], device: Device, rounds: int, warmup: int = 2
+    sides: Mapping[str, Callable[[], object]],
+    device: Device,
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each side in every round, taken in turn: A B, B A, A B, ... so that a drift of the machine hits all.
 
@@ -100,6 +104,7 @@ def side_by_side(
         device: Waited for before the clock is read.
         rounds: Samples of each side.
         warmup: Calls of each side that are not timed (compilation, caches, first allocations).
+        clock: Of seconds.
 
     Returns:
         {side: seconds of each round}, in the order of the rounds.
@@ -111,18 +116,18 @@ def side_by_side(
     order = list(sides)
     for _ in range(rounds):
         for name in order:
-            seconds[name].append(timed(sides[name], device))
+            seconds[name].append(timed(sides[name], device, clock))
         order.reverse()
     return seconds
 
 
-def timed(call: Callable[[], object], device: Device) -> float:
+def timed(call: Callable[[], object], device: Device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, the device's work included."""
     device.synchronize()
-    started = time.perf_counter()
+    started = clock()
     call()
     device.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 class Laps:
