@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from molf.closure import PACKAGE, VIEWS, closure, code_hash, files, module_path
+from molf.closure import BESIDE, PACKAGE, VIEWS, closure, code_hash, files, module_path
 from molf.config import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def declared(stage: str) -> set[str]:
     for dep in block["deps"]:
         path = ROOT / dep
         if dep.startswith("src/"):
-            found = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".html")]
+            found = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", *BESIDE)]
             assert found, f"{stage}: {dep} is not there"
             files |= {str(p.relative_to(ROOT)) for p in found}
     return files

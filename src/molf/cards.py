@@ -15,7 +15,7 @@ from molf.errors import UserError
 from molf.paths import MODELS, PREPARED, Cell, read_json
 from molf.report import markdown, quality
 from molf.report.markdown import clean, literal
-from molf.report.page import count, seconds, size
+from molf.report.sheets import count, seconds, size
 
 UNKNOWN = "unknown"
 # The licences that the hub knows by these names; any other is `other` with a name of its own.

@@ -19,7 +19,7 @@ VIEWS = frozenset(
 
 
 # Beside a module: what it compiles or fills in. Nothing else counts, such as what an editor leaves there.
-BESIDE = (".cpp", ".html")
+BESIDE = (".cpp", ".css", ".html", ".js")
 
 
 def closure(module: str, package: Path = PACKAGE) -> set[str]:

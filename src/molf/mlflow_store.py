@@ -329,7 +329,8 @@ class Store:
                 self.client.log_artifact(run_id, str(path), folder)
 
     def _log_routing(self, run_id: str, train: Path, cell: Cell) -> None:
-        from molf.report.figures import read_routing, routing_heat_map, save
+        from molf.report.routing_figures import read_routing, routing_heat_map
+        from molf.report.style import save
 
         self._log_files(run_id, "routing", train / "routing.parquet")
         routing = read_routing(train)
@@ -405,7 +406,7 @@ def _history_rows(train: Path) -> list[dict[str, Any]]:
 
     history = pd.read_parquet(train / "history.parquet")
     if (train / "routing.parquet").exists():
-        from molf.report.figures import read_routing, share_so_far
+        from molf.report.routing_figures import read_routing, share_so_far
 
         history = history.join(share_so_far(read_routing(train)).add_prefix(ROUTING_SHARE), on="step")
     return [{str(key): value for key, value in row.items()} for row in history.to_dict("records")]

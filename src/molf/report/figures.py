@@ -1,229 +1,51 @@
-"""The report's figures, and the small reductions of the routing record that they show. Colours are Okabe and Ito's."""
+"""The report's figures: scores, costs and losses here, and the order in which a reader meets all of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from molf.paths import Cell
+from molf.report.routing_figures import (
+    expert_words,
+    experts,
+    overview_figure,
+    pooled,
+    ratio_figure,
+    read_routing,
+    routing_heat_map,
+    share_by_place,
+    share_figure,
+)
+from molf.report.style import (
+    GREY,
+    Style,
+    canvas,
+    entitle,
+    entitle_all,
+    grid,
+    legend,
+    notes,
+    save,
+    settings,
+    styles,
+    thinned,
+)
+from molf.report.weight_figures import by_place, forgetting_figure, intruder_figure, moved_figure, read_weights
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-# The four kinds keep their colour in every report; further methods take the rest in turn.
-KIND_COLOURS = {"fft": BLUE, "lora": ORANGE, "molf": GREEN, "molf-e": PURPLE}
-SPARE_COLOURS = ("#56B4E9", "#D55E00", "#4B3B8F", "#8C6D1F", "#1B5E5A")
-TWO_SIDED = LinearSegmentedColormap.from_list("two_sided", ["#B35C00", "#F1B65D", "#F7F7F7", "#6BAED6", "#08519C"])
-INK, GREY, GRID = "#222222", "#6B6B6B", "#DDDDDD"
-DPI = 150
+LOSS_POINTS = 400  # most points of a loss curve
+LOSS_MARKERS = 12  # of them with a marker and a note
+COSTS = {  # of a method: the axis, a divisor, and the unit
+    "train_seconds": ("training time of one seed (s)", 1.0, "s"),
+    "peak_memory_bytes": ("peak memory (GB)", 1e9, "GB"),
+}
 
-
-# --- reductions of the routing record --------------------------------------------------------------------------------
-
-
-def read_routing(train: Path) -> pd.DataFrame:
-    """The counted rows of a cell's routing record: step, module, expert, won (bool); experts in the record's order.
-
-    Args:
-        train: results/CELL/train.
-    """
-    frame = pd.read_parquet(train / "routing.parquet", columns=["step", "module", "expert", "won", "counted"])
-    experts = list(dict.fromkeys(frame["expert"].astype(str)))
-    frame["expert"] = pd.Categorical(frame["expert"].astype(str), categories=experts, ordered=True)
-    return frame.loc[frame["counted"], ["step", "module", "expert", "won"]]
-
-
-def share_so_far(routing: pd.DataFrame) -> pd.DataFrame:
-    """Each expert's share of the module-steps it has won up to each step: index step, one column for each expert."""
-    if routing.empty:
-        return pd.DataFrame(index=pd.Index([], name="step"))
-    wins = routing.pivot_table(index="step", columns="expert", values="won", aggfunc="sum", observed=False)
-    first = routing[routing["expert"] == routing["expert"].cat.categories[0]]
-    share = wins.cumsum().div(first.groupby("step").size().cumsum(), axis=0)
-    share.columns = pd.Index([str(expert) for expert in share.columns])
-    return share
-
-
-def first_expert_share(routing: pd.DataFrame) -> pd.DataFrame:
-    """Share of the steps that the first expert won: one row for each module type, one column for each layer."""
-    first = routing[routing["expert"] == routing["expert"].cat.categories[0]]
-    share = first.groupby("module", sort=False)["won"].mean()
-    places = [_place(str(module)) for module in share.index]
-    table = pd.DataFrame({"type": [p[0] for p in places], "layer": [p[1] for p in places], "share": share.to_numpy()})
-    kinds = list(dict.fromkeys(table["type"]))
-    return table.pivot_table(index="type", columns="layer", values="share").reindex(kinds)
-
-
-def _place(module: str) -> tuple[str, int]:
-    """Type and layer of a module: "model.layers.3.mlp.up_proj" -> ("mlp.up_proj", 3); without a number, layer 0."""
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return parts[-1], 0
-    return ".".join(parts[numbers[0] + 1 :]), int(parts[numbers[0]])
-
-
-# --- figures -------------------------------------------------------------------------------------------------------
-
-
-def colours(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """A colour for each method.
-
-    Args:
-        methods: (method, kind) in the report's order; the first of a kind takes the kind's colour.
-    """
-    taken: dict[str, str] = {}
-    for method, kind in methods:
-        free = [KIND_COLOURS[kind]] if kind in KIND_COLOURS else []
-        free += [*SPARE_COLOURS, *KIND_COLOURS.values(), GREY]
-        taken.setdefault(method, next((colour for colour in free if colour not in taken.values()), GREY))
-    return taken
-
-
-def score_figure(group: Mapping[str, Any], palette: Mapping[str, str]) -> Figure:
-    """Score of every method with its interval, seeds as small dots, the untrained model as a line."""
-    methods = group["methods"]
-    figure, axes = _canvas(6.4, 1.5 + 0.42 * len(methods))
-    top = _top(group)
-    for y, m in enumerate(methods):
-        colour = palette[m["method"]]
-        axes.plot([m["low"], m["high"]], [y, y], color=colour, lw=2.2, solid_capstyle="butt", zorder=2)
-        for end in (m["low"], m["high"]):
-            axes.plot([end, end], [y - 0.12, y + 0.12], color=colour, lw=2.2, zorder=2)
-        axes.plot(m["mean"], y, "o", color=colour, ms=8, zorder=4)
-        if len(m["per_seed"]) > 1:
-            axes.plot(
-                [s["score"] for s in m["per_seed"]],
-                [y] * len(m["per_seed"]),
-                "o",
-                mfc="white",
-                mec=colour,
-                mew=1.2,
-                ms=4.5,
-                zorder=3,
-            )
-        axes.annotate(f"{m['mean']:.3f}", (m["mean"], y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
-    if group["base"]:
-        axes.axvline(group["base"]["mean"], color=GREY, lw=1.4, ls=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            f"untrained model {group['base']['mean']:.3f}",
-            (group["base"]["mean"], 1),
-            (5, -11) if group["base"]["mean"] < 0.6 * top else (-5, -11),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="left" if group["base"]["mean"] < 0.6 * top else "right",
-            fontsize=8.5,
-            color=GREY,
-        )
-    axes.set_yticks(range(len(methods)), [m["method"] for m in methods])
-    axes.set_ylim(len(methods) - 0.5, -1.1)
-    axes.set_xlim(0, top)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{_words(group['primary_name'])} on {group['examples']} test examples (best is 1)")
-    _entitle(axes, _title(group, "score with interval"))
-    return figure
-
-
-def routing_heat_map(routings: Mapping[str, pd.DataFrame], title: str) -> Figure:
-    """Share of the steps that the first expert won, by module type and layer; one panel for each method.
-
-    Args:
-        routings: Counted routing rows by method, as `read_routing` gives them.
-        title: What it is of: model and task.
-    """
-    tables = {method: first_expert_share(frame) for method, frame in routings.items()}
-    rows = [len(table) for table in tables.values()]
-    figure = Figure(figsize=(7.2, 0.9 + sum(0.3 * count + 1.15 for count in rows)), layout="constrained", dpi=DPI)
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left")
-    panels = figure.subplots(len(tables), 1, squeeze=False, gridspec_kw={"height_ratios": rows})[:, 0]
-    for axes, (method, table) in zip(panels, tables.items(), strict=True):
-        first, *rest = [_expert(str(e)) for e in routings[method]["expert"].cat.categories]
-        image = axes.imshow(table.to_numpy(), cmap=TWO_SIDED, vmin=0, vmax=1, aspect="auto")
-        layers = list(table.columns)
-        every = max(1, round(len(layers) / 18))
-        axes.set_xticks(range(0, len(layers), every), layers[::every])
-        axes.set_yticks(range(len(table)), table.index)
-        axes.set_xticks(np.arange(len(layers) + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(len(table) + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", lw=1.2)
-        axes.tick_params(which="both", length=0, labelsize=8.5)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("layer", fontsize=9)
-        other = rest[0] if len(rest) == 1 else "another expert"
-        axes.set_title(f"{method}: share of steps won by {first}", fontsize=10, loc="left")
-        if len(layers) <= 18:
-            for (row, column), share in np.ndenumerate(table.to_numpy()):
-                if np.isfinite(share):
-                    shade = "white" if abs(share - 0.5) > 0.3 else INK
-                    size = 8 if len(layers) <= 12 else 6.5
-                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=size, color=shade)
-        bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.015, aspect=12)
-        bar.ax.set_yticklabels([f"0 %: {other}", "50 %", f"100 %: {first}"], fontsize=8)
-        bar.outline.set_visible(False)  # type: ignore[operator]
-    return figure
-
-
-def loss_figure(
-    group: Mapping[str, Any], histories: Mapping[str, Sequence[pd.DataFrame]], palette: Mapping[str, str]
-) -> Figure:
-    """Training loss by step: faint as recorded, strong smoothed, one line for each seed."""
-    figure, axes = _canvas(6.4, 3.3)
-    for method, frames in histories.items():
-        for i, frame in enumerate(frames):
-            span = max(2.0, len(frame) / 12)
-            axes.plot(frame["step"], frame["loss"], color=palette[method], lw=0.8, alpha=0.25)
-            smooth = frame["loss"].ewm(span=span).mean()
-            axes.plot(frame["step"], smooth, color=palette[method], lw=1.8, label=method if i == 0 else None)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss (nats per token)")
-    _entitle(axes, _title(group, "training loss"))
-    _legend(axes)
-    return figure
-
-
-def share_figure(group: Mapping[str, Any], routings: Mapping[str, pd.DataFrame], palette: Mapping[str, str]) -> Figure:
-    """The first expert's share of the module-steps so far, by step, one line for each routed method."""
-    figure, axes = _canvas(6.4, 3.0)
-    for method, routing in routings.items():
-        share = share_so_far(routing)
-        first = str(share.columns[0])
-        axes.plot(share.index, share[first], color=palette[method], lw=2, label=f"{method}: {_expert(first)}")
-    axes.axhline(0.5, color=GREY, lw=1, ls=(0, (4, 3)))
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("share of updates so far")
-    _entitle(axes, _title(group, "routing over time"))
-    _legend(axes)
-    return figure
-
-
-def cost_figure(group: Mapping[str, Any], palette: Mapping[str, str]) -> Figure:
-    """Score with interval against training time."""
-    figure, axes = _canvas(6.4, 3.3)
-    for m in group["methods"]:
-        colour, bars = palette[m["method"]], [[m["mean"] - m["low"]], [m["high"] - m["mean"]]]
-        axes.errorbar(
-            m["train_seconds"], m["mean"], yerr=bars, fmt="o", color=colour, ms=8, lw=1.6, capsize=4, label=m["method"]
-        )
-    longest = max(m["train_seconds"] for m in group["methods"])
-    axes.set_xlim(0, 1.12 * longest)
-    axes.set_ylim(0, _top(group))
-    axes.set_xlabel("training time of one seed (seconds, shorter is better)")
-    axes.set_ylabel(_words(group["primary_name"]))
-    _entitle(axes, _title(group, "score against time"))
-    _legend(axes)
-    return figure
+Frames = Mapping[str, pd.DataFrame]
+Drawn = tuple[str, Figure, str]  # name, figure, caption
 
 
 def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[str, str]]:
@@ -231,97 +53,262 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
 
     Args:
         comparison: As `comparison.build` gives it.
-        root: Project folder, for histories and routing records.
-        folder: Where the PNG files go.
+        root: Project folder, for histories, routing records and what evaluations saw of the weights.
+        folder: Where the PNG files and the SVG files of the same stems go.
 
     Returns:
-        For each figure model, task, file (its name) and caption, in the order of reading.
+        For each figure model, task (both "" where it is of several), name, file (the PNG's) and caption, in the order
+        of reading.
     """
     found = []
-    for group in comparison["groups"]:
-        palette = colours([(m["method"], m["kind"]) for m in group["methods"]])
-        cells = {
-            m["method"]: [
-                root / Cell(group["model"], group["task"], m["method"], seed["seed"]).results / "train"
-                for seed in m["per_seed"]
-            ]
-            for m in group["methods"]
-        }
-        histories = {name: [pd.read_parquet(t / "history.parquet") for t in trains] for name, trains in cells.items()}
-        routings = {
-            m["method"]: _pooled([read_routing(train) for train in cells[m["method"]]])
-            for m in group["methods"]
-            if m["routing_share"]
-        }
-        routings = {name: frame for name, frame in routings.items() if len(frame)}  # no step counted: nothing to show
-        percent = f"{100 * comparison['confidence']:g} %"
-        drawn = {
-            "score": (
-                score_figure(group, palette),
-                f"Score of each method with its {percent} bootstrap interval ({comparison['interval']}). The dashed "
-                "line is the model before any fine-tuning. Hollow dots, if any, are single seeds.",
-            ),
-            "loss": (
-                loss_figure(group, histories, palette),
-                "Training loss: faint as recorded at each step, strong smoothed. Methods saw the same batches in the "
-                "same order.",
-            ),
-        }
-        if routings:
-            drawn["routing"] = (
-                routing_heat_map(routings, _title(group, "where the updates went")),
-                "Each square is one linear layer; its number and colour say in how many percent of the steps its "
-                "update went to the first expert.",
-            )
-            drawn["share"] = (
-                share_figure(group, routings, palette),
-                "Share of all updates so far that went to the first expert; steps with learning rate 0 do not count.",
-            )
-        if comparison["costs_comparable"]:
-            drawn["cost"] = (cost_figure(group, palette), "Score against training time; up and to the left is better.")
-        for name, (figure, caption) in drawn.items():
-            file = f"{group['model']}-{group['task']}-{name}.png"
-            save(figure, folder / file)
-            found.append({"model": group["model"], "task": group["task"], "file": file, "caption": caption})
+    routed: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+    ranks: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+
+    def add(model: str, task: str, name: str, figure: Figure, caption: str) -> None:
+        file = "-".join(filter(None, (model, task, name))) + ".png"
+        save(figure, folder / file)
+        found.append({"model": model, "task": task, "name": name, "file": file, "caption": caption})
+
+    with settings():
+        for group in comparison["groups"]:
+            histories, routings, weights = _records(group, root)
+            for drawn in _of_group(comparison, group, histories, routings, weights):
+                add(group["model"], group["task"], *drawn)
+            for method, routing in routings.items():
+                first = experts(routing)[0]
+                row = group["model"], f"{method}:\n{expert_words(first)}"
+                routed.setdefault(row, {})[group["task"]] = share_by_place(routing, first)
+            for method, frame in weights.items():
+                rank = by_place(frame, "effective_rank")
+                ranks.setdefault((group["model"], method), {})[group["task"]] = rank
+        several = len(comparison["groups"]) > 1
+        for drawn in _overviews(comparison, routed, ranks) if several else ():
+            add("", "", *drawn)
     return found
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG whose bytes depend on the figure alone (no date, no version)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+def _records(group: Mapping[str, Any], root: Path) -> tuple[dict[str, list[pd.DataFrame]], Frames, Frames]:
+    """Histories of every seed, routing rows of all seeds, and moves of the weights, by method, where there are any."""
+    histories, routings, weights = {}, {}, {}
+    for m in group["methods"]:
+        name = m["method"]
+        cells = [root / Cell(group["model"], group["task"], name, s["seed"]).results for s in m["per_seed"]]
+        histories[name] = [pd.read_parquet(cell / "train/history.parquet") for cell in cells]
+        if m["routing_share"]:
+            routing = pooled([read_routing(cell / "train") for cell in cells])
+            if len(routing):  # else no step counted: nothing to show
+                routings[name] = routing
+        moved = read_weights([cell / "evaluation" for cell in cells])
+        if moved is not None:
+            weights[name] = moved
+    return histories, routings, weights
 
 
-def _pooled(routings: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The routing rows of several seeds as one; categories stay, since the seeds of a method share their experts."""
-    return pd.concat(routings, ignore_index=True)
+def _of_group(
+    comparison: Mapping[str, Any],
+    group: Mapping[str, Any],
+    histories: Mapping[str, Sequence[pd.DataFrame]],
+    routings: Frames,
+    weights: Frames,
+) -> Iterator[Drawn]:
+    """The figures of one model and task."""
+    looks = styles([(m["method"], m["kind"]) for m in group["methods"]])
+    percent = f"{100 * comparison['confidence']:g} %"
+    yield (
+        "score",
+        score_figure(group, looks),
+        f"Score of each method with its {percent} interval ({comparison['interval']}). The dashed line is the model "
+        "before any fine-tuning. Hollow marks, if any, are single seeds.",
+    )
+    if group["pareto"]:
+        yield (
+            "cost",
+            cost_figure(group, looks),
+            "Score against what it costs. Up and to the left is better. A method on the line is the best that its "
+            "time, or its memory, can buy; one below it is not worth its cost.",
+        )
+    yield (
+        "loss",
+        loss_figure(group, histories, looks),
+        "Training loss, smoothed; faint as recorded. Methods saw the same batches in the same order.",
+    )
+    if routings:
+        yield (
+            "routing",
+            routing_heat_map(routings, _title(group, "where the updates went")),
+            "Each square is one linear layer. Its colour and number say in how many percent of the steps the named "
+            "expert won the update. Yellow under \u201cthe full weight\u201d: this layer wants full rank.",
+        )
+        yield (
+            "share",
+            share_figure(_title(group, "routing over time"), routings),
+            "Share of the steps that the first expert won, by kind of layer. A line that falls: LoRA takes over.",
+        )
+        yield (
+            "ratio",
+            ratio_figure(_title(group, "how clear the choice was"), routings, looks),
+            "Score of the first expert over that of the best other; the higher score wins. Near 1 the choice was a "
+            "toss-up. The band holds 80 % of the layers.",
+        )
+    if weights:
+        yield (
+            "moved",
+            moved_figure(_title(group, "which weights moved"), weights),
+            "Left: how far each layer moved, in percent of its size before. Right: in how many directions it moved "
+            "(effective rank). Few directions: a small LoRA would do; many: the task wants full rank.",
+        )
+    if any(m["general"] for m in group["methods"]):
+        yield (
+            "forgetting",
+            forgetting_figure(group, _title(group, "what was forgotten"), looks),
+            f"How much worse the model became at text that has nothing to do with the task, with {percent} interval. "
+            "Zero is the untrained model.",
+        )
+    if weights:
+        yield (
+            "intruders",
+            intruder_figure(_title(group, "intruder dimensions"), weights, looks),
+            "Share of the strongest directions of each layer's new weight that resemble none of the old weight's. Many "
+            "intruders go with forgetting (Shuttleworth et al. 2024).",
+        )
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one pair of axes in the report's style; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+def _overviews(
+    comparison: Mapping[str, Any], routed: Mapping[Any, Frames], ranks: Mapping[Any, Frames]
+) -> Iterator[Drawn]:
+    """Tasks and models beside each other."""
+    data = " (generated data)" if comparison["generated"] else ""
+    if routed:
+        yield (
+            "overview-routing",
+            overview_figure(routed, f"Where each task wants the first expert{data}", "first expert won", share=True),
+            "Share of steps won by the first expert, in one colour scale for all. For molf the first expert is the "
+            "full weight: a yellow map is a task that wants full rank, in a dark one LoRA's update serves. "
+            "The number above each map is its mean.",
+        )
+    if ranks:
+        yield (
+            "overview-rank",
+            overview_figure(
+                ranks, f"In how many directions each task moved the weights{data}", "effective rank", share=False
+            ),
+            "Effective rank of each layer's change, in one colour scale for all. The brighter, the more directions the "
+            "change needs. The number above each map is its mean.",
+        )
 
 
-def _entitle(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left", pad=10)
+def score_figure(group: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
+    """Score of every method with its interval, seeds as hollow marks, the untrained model as a line."""
+    methods = group["methods"]
+    figure, axes = canvas(6.4, 1.5 + 0.42 * len(methods))
+    top = _top(group)
+    for y, m in enumerate(methods):
+        look = looks[m["method"]]
+        axes.plot([m["low"], m["high"]], [y, y], color=look.colour, lw=2.2, solid_capstyle="butt", zorder=2)
+        for end in (m["low"], m["high"]):
+            axes.plot([end, end], [y - 0.12, y + 0.12], color=look.colour, lw=2.2, zorder=2)
+        spot = axes.plot(m["mean"], y, look.marker, color=look.colour, ms=8, zorder=4)
+        notes(spot[0], [f"{m['method']}: {_interval(m)}"])
+        if len(m["per_seed"]) > 1:
+            seeds = axes.plot(
+                [s["score"] for s in m["per_seed"]],
+                [y] * len(m["per_seed"]),
+                look.marker,
+                mfc="white",
+                mec=look.colour,
+                mew=1.2,
+                ms=4.5,
+                zorder=3,
+            )
+            notes(seeds[0], [f"{m['method']}, seed {s['seed']}: {s['score']:.3f}" for s in m["per_seed"]])
+        axes.annotate(f"{m['mean']:.3f}", (m["mean"], y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
+    base = group["base"]["mean"]
+    left = base < 0.6 * top
+    axes.axvline(base, color=GREY, lw=1.4, ls=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        f"untrained model {base:.3f}",
+        (base, 1),
+        (5 if left else -5, -11),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        fontsize=8.5,
+        color=GREY,
+    )
+    axes.set_yticks(range(len(methods)), [m["method"] for m in methods])
+    axes.set_ylim(len(methods) - 0.5, -1.1)
+    axes.set_xlim(0, top)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{_words(group['primary_name'])} on {group['examples']} test examples (best is 1)")
+    entitle(axes, _title(group, "score with interval"))
+    return figure
 
 
-def _legend(axes: Axes) -> None:
-    """The legend beside the axes, since lines and points may lie anywhere within."""
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def cost_figure(group: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
+    """Score with interval against training time and against memory, with the Pareto front as steps."""
+    figure, panels = grid(8.2, 3.2, 1, 2, sharey=True)
+    entitle_all(figure, _title(group, "score against cost"))
+    for axes, (cost, (label, divisor, unit)) in zip(panels[0], COSTS.items(), strict=True):
+        for m in group["methods"]:
+            look, x = looks[m["method"]], m[cost] / divisor
+            axes.plot([x, x], [m["low"], m["high"]], color=look.colour, lw=1.6, zorder=2)
+            spot = axes.plot(x, m["mean"], look.marker, color=look.colour, ms=8, ls="", label=m["method"], zorder=4)
+            on = ", on the front" if m["method"] in group["pareto"][cost] else ""
+            notes(spot[0], [f"{m['method']}: {_interval(m)} at {x:.3g} {unit}{on}"])
+        front = sorted((m[cost] / divisor, m["mean"]) for m in group["methods"] if m["method"] in group["pareto"][cost])
+        highest = 1.12 * max(m[cost] for m in group["methods"]) / divisor
+        # From each method on, more cost buys nothing until the next.
+        steps = [*front, (highest, front[-1][1])]
+        axes.step(*zip(*steps, strict=True), where="post", color=GREY, lw=1.2, ls=(0, (5, 2)), zorder=1)
+        axes.set_xlim(0, highest)
+        axes.set_ylim(0, _top(group))
+        axes.set_xlabel(label, fontsize=9)
+    panels[0, 0].set_ylabel(_words(group["primary_name"]), fontsize=9)
+    legend(panels[0, 1])
+    return figure
+
+
+def loss_figure(
+    group: Mapping[str, Any], histories: Mapping[str, Sequence[pd.DataFrame]], looks: Mapping[str, Style]
+) -> Figure:
+    """Training loss by step: faint as recorded, strong smoothed, one line for each seed."""
+    figure, axes = canvas(6.4, 3.3)
+    for method, frames in histories.items():
+        look = looks[method]
+        for i, (frame, seed) in enumerate(zip(frames, _seeds(group, method), strict=True)):
+            smooth = frame["loss"].ewm(span=max(2.0, len(frame) / 12)).mean()
+            curve = thinned(frame[["step", "loss"]].assign(smooth=smooth), LOSS_POINTS)
+            marked = thinned(curve, LOSS_MARKERS)
+            axes.plot(curve["step"], curve["loss"], color=look.colour, lw=0.8, alpha=0.25)
+            axes.plot(curve["step"], curve["smooth"], color=look.colour, lw=1.6)
+            spots = axes.plot(marked["step"], marked["smooth"], look.marker, color=look.colour, ms=4, ls="")
+            said = f"{method}, seed {seed}, step"
+            notes(
+                spots[0],
+                [f"{said} {step}: {loss:.3f}" for step, loss in zip(marked["step"], marked["smooth"], strict=True)],
+            )
+            if i == 0:
+                axes.plot([], [], color=look.colour, marker=look.marker, ms=4, lw=1.6, label=method)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss (nats per token)")
+    entitle(axes, _title(group, "training loss"))
+    legend(axes)
+    return figure
+
+
+def _seeds(group: Mapping[str, Any], method: str) -> list[int]:
+    return [s["seed"] for m in group["methods"] if m["method"] == method for s in m["per_seed"]]
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def _top(group: Mapping[str, Any]) -> float:
     """Upper end of a score axis that starts at 0: 1, or less where all scores are low."""
-    highest = max([m["high"] for m in group["methods"]] + ([group["base"]["high"]] if group["base"] else []))
+    highest = max(row["high"] for row in [*group["methods"], group["base"]])
     return min(1.0, math.ceil(11.5 * highest + 0.01) / 10)
 
 
@@ -331,8 +318,3 @@ def _title(group: Mapping[str, Any], what: str) -> str:
 
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
-
-
-def _expert(name: str) -> str:
-    """An expert's name in words: "full" -> "the full weight", "lora_r128" -> "LoRA r = 128"."""
-    return "the full weight" if name == "full" else name.replace("lora_r", "LoRA r = ")

@@ -1,25 +1,40 @@
 """A comparison in words: the page, and its tables for the terminal and for Markdown."""
 
 import base64
+import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molf.paths import BASE_METHOD, Cell
-from molf.report import markdown, quality
+from molf.paths import Cell
+from molf.report import markdown, quality, sheets
+from molf.report.examples import as_json
 from molf.report.markdown import literal
+from molf.report.sheets import Sheet, aligned, seconds
 
 TEMPLATE = "page.html"
+WIDTH = 100  # columns of the terminal
+SETTINGS = ("grid", "margin", "confidence", "bootstrap", "seed")  # of params.yaml, as the comparison keeps them
 SEEN = (  # where a reader goes from the terminal
     "where to look next:",
-    "  reports/report.html   table, figures and how it was made, in one page",
+    "  reports/report.html   verdict, figures, examples and how it was made, in one page",
     "  make ui               every run side by side in MLflow",
     "  molf lineage CELL     from a score back to its source; a cell is MODEL/TASK/METHOD/seed-S",
 )
 
 
-def render(comparison: Mapping[str, Any], figures: Sequence[Mapping[str, str]], folder: Path, limits: list[str]) -> str:
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def render(
+    comparison: Mapping[str, Any],
+    figures: Sequence[Mapping[str, str]],
+    folder: Path,
+    limits: list[str],
+    examples: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The report as one HTML page that loads nothing; all text from data is escaped.
 
     Args:
@@ -27,33 +42,100 @@ def render(comparison: Mapping[str, Any], figures: Sequence[Mapping[str, str]], 
         figures: As `figures.draw` gives them.
         folder: Where the figures' files lie.
         limits: What the comparison is too small to show, in sentences.
+        examples: As `examples.collect` gives them; none, and the page has no browser of examples.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("molf.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(
-        seconds=seconds, size=size, count=count, pretty=lambda value: json.dumps(value, indent=2, ensure_ascii=False)
-    )
-    embedded = [
-        {**figure, "png": base64.b64encode((folder / figure["file"]).read_bytes()).decode()} for figure in figures
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
+    # The figures' files are ours, their texts escaped when they were written.
+    drawn = [
+        {**figure, "svg": Markup((folder / figure["file"]).with_suffix(".svg").read_text(encoding="utf-8"))}
+        for figure in figures
     ]
+    known = {(of["model"], of["task"]): {**of, "json": Markup(as_json(of))} for of in examples}
     groups = [
-        {
-            **group,
-            "table": table(group),
-            "warnings": warnings(group),
-            "figures": [f for f in embedded if (f["model"], f["task"]) == (group["model"], group["task"])],
-        }
+        _section(group, [f for f in drawn if _place(f) == _place(group)], known.get(_place(group)))
         for group in comparison["groups"]
     ]
     data = [
-        {**known, "task": task, "origin": quality.origin(known.get("source")), "tables": quality.tables(known)}
-        for task, known in comparison["data"].items()
+        {**of_task, "task": task, "origin": quality.origin(of_task.get("source")), "tables": quality.tables(of_task)}
+        for task, of_task in comparison["data"].items()
     ]
-    cells = [{**cell, "hashes": hashes(cell), "rest": _rest(cell)} for cell in comparison["cells"]]
-    return environment.get_template(TEMPLATE).render(c=comparison, groups=groups, limits=limits, data=data, cells=cells)
+    cells = [
+        {
+            **cell,
+            "place": vars(Cell.parse(cell["cell"])),
+            "command": f"dvc repro evaluate@{'-'.join(map(str, vars(Cell.parse(cell['cell'])).values()))}",
+            "hashes": hashes(cell),
+            "rest": {key: cell[key] for key in ("config", "model", "versions", "hardware")},
+        }
+        for cell in comparison["cells"]
+    ]
+    lead, dot, rest = comparison["sentence"].partition(". ")
+    style, script = (Path(__file__).with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
+    return environment.get_template(TEMPLATE).render(
+        c=comparison,
+        lead=f"{lead}{dot}".rstrip(),
+        rest=rest,
+        unlike=list(dict.fromkeys(g["why_not_comparable"] for g in comparison["groups"] if g["why_not_comparable"]))[
+            :1
+        ],
+        glance=sheets.glance(comparison),
+        overview=[f for f in drawn if _place(f) == ("", "")],
+        groups=groups,
+        limits=limits,
+        data=data,
+        cells=cells,
+        commands=commands(comparison),
+        settings={key: comparison[key] for key in SETTINGS},
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _place(of: Mapping[str, Any]) -> tuple[str, str]:
+    return of["model"], of["task"]
+
+
+def _section(
+    group: Mapping[str, Any], figures: Sequence[Mapping[str, Any]], examples: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the page shows of one model and task."""
+    names = {figure["name"] for figure in figures}
+    return {
+        **group,
+        "scores": sheets.scores(group),
+        "costs": sheets.costs(group),
+        "damage": sheets.damage(group),
+        "more": sheets.more(group),
+        "warnings": warnings(group),
+        "figures": figures,
+        "routed": "routing" in names,
+        "moved": "moved" in names,
+        "examples_of": examples,
+    }
+
+
+def commands(comparison: Mapping[str, Any]) -> list[str]:
+    """What to type to make the comparison again, with the hashes that tell whether it is the same."""
+    commits = list(dict.fromkeys(cell["git_commit"] or "unknown" for cell in comparison["cells"]))
+    models = dict.fromkeys((cell["model"]["name"], cell["model"]["hash"]) for cell in comparison["cells"])
+    lines = [f"git checkout {commit}" for commit in commits[:1]]
+    lines += [f"# some cells were trained at {commit}" for commit in commits[1:]]
+    lines += [f"# data {task}: {data['hash']}" for task, data in comparison["data"].items()]
+    lines += [f"# model {name}: {known}" for name, known in models]
+    return [
+        *lines,
+        "make                # the environment",
+        "dvc pull            # data, models and results that were pushed; or nothing, and the next line makes them",
+        "dvc repro compare   # what lacks, and this page",
+        "molf show           # its tables in the terminal",
+    ]
 
 
 def hashes(cell: Mapping[str, Any]) -> dict[str, str]:
@@ -72,32 +154,6 @@ def hashes(cell: Mapping[str, Any]) -> dict[str, str]:
     return {name: value or "-" for name, value in found.items()}
 
 
-def _rest(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: cell[key] for key in ("config", "model", "versions", "hardware")}
-
-
-def table(group: Mapping[str, Any]) -> list[list[str]]:
-    """A group's rows as text, the header first: score, differences to fft and lora, costs, routing."""
-    against = [m["method"] for m in group["methods"] if m["kind"] in ("fft", "lora")]
-    rows = [["method", "score", *(f"vs {name}" for name in against), "time", "memory", "trained", "routed"]]
-    if group["base"]:
-        rows.append([BASE_METHOD, _score(group["base"]), *[""] * (len(against) + 4)])
-    differences = {(d["method"], d["versus"]): d for d in group["differences"]}
-    for m in group["methods"]:
-        rows.append(
-            [
-                m["method"],
-                _score(m),
-                *(_difference(differences.get((m["method"], name))) for name in against),
-                seconds(m["train_seconds"]),
-                size(m["peak_memory_bytes"]),
-                count(m["trained_parameters"]),
-                _routed(m),
-            ]
-        )
-    return rows
-
-
 def warnings(group: Mapping[str, Any]) -> list[str]:
     """What the methods' cells warned of, each text once with the methods that it holds for."""
     by_text: dict[str, list[str]] = {}
@@ -107,39 +163,49 @@ def warnings(group: Mapping[str, Any]) -> list[str]:
     return [f"{', '.join(methods)}: {text}" for text, methods in by_text.items()]
 
 
+# --- the terminal and Markdown ---------------------------------------------------------------------------------------
+
+
+def tables(group: Mapping[str, Any]) -> list[Sheet]:
+    """A group's tables for a reader in a hurry: scores, costs, and forgetting where it was looked at."""
+    found = [sheets.scores(group, over_base=False), sheets.costs(group), sheets.damage(group)]
+    return [sheet for sheet in found if sheet]
+
+
 def terminal_table(comparison: Mapping[str, Any]) -> str:
     """The comparison as plain text: a block for each model and task, the verdict, and where to look next."""
     lines = []
     for group in comparison["groups"]:
-        rows = table(group)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines.append(heading(group))
-        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"  {verdict['outcome'].upper()}: {verdict['sentence']}" for verdict in group["verdicts"]]
-        lines += [f"  WARNING: {text}" for text in warnings(group)]
+        lines += _wrapped(heading(group))
+        for sheet in tables(group):
+            lines += [f"  {line}" for line in aligned(sheet.texts())] + [""]
+        lines += _wrapped(f"USE: {_advice(group)}", "  ")
+        for verdict in group["verdicts"]:
+            lines += _wrapped(f"{verdict['outcome'].upper()}: {_with_needs(verdict)}", "  ")
+        for text in warnings(group):
+            lines += _wrapped(f"WARNING: {text}", "  ")
+        if group["why_not_comparable"]:
+            lines += _wrapped(f"NOT COMPARABLE: times and memory; {group['why_not_comparable']}", "  ")
         lines.append("")
-    lines += [comparison["sentence"], _meaning(comparison)]
-    why = dict.fromkeys(g["why_not_comparable"] for g in comparison["groups"] if g["why_not_comparable"])
-    lines += [f"Times and memory are not comparable: {reason}." for reason in why]
+    lines += [*_wrapped(comparison["sentence"]), *_wrapped(_meaning(comparison))]
     return "\n".join([*lines, "", *SEEN])
 
 
 def markdown_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as Markdown: the verdict, then a table for each model and task."""
+    """The comparison as Markdown: the verdict, then the tables of each model and task."""
     lines = [f"**{literal(comparison['sentence'])}**", ""]
     for group in comparison["groups"]:
-        header, *rows = [list(map(literal, row)) for row in table(group)]
-        lines += [
-            f"### {literal(heading(group))}",
-            "",
-            *markdown.table(header, rows),
-            "",
-        ]
+        lines += [f"### {literal(heading(group))}", "", f"**{literal(_advice(group))}.**", ""]
+        for sheet in tables(group):
+            header, *rows = [list(map(literal, row)) for row in sheet.texts()]
+            lines += [*markdown.table(header, rows), ""]
         for verdict in group["verdicts"]:
-            lines.append(f"- **{verdict['outcome']}**: {literal(verdict['sentence'])}")
+            lines.append(f"- **{verdict['outcome']}**: {literal(_with_needs(verdict))}")
         lines += [f"- **warning**: {literal(text)}" for text in warnings(group)]
+        if group["why_not_comparable"]:
+            lines.append(f"- **not comparable**: times and memory; {literal(group['why_not_comparable'])}")
         lines.append("")
-    return "\n".join([*lines, _meaning(comparison), ""])
+    return "\n".join([*lines, literal(_meaning(comparison)), ""])
 
 
 def published_readme(comparison: Mapping[str, Any]) -> str:
@@ -170,10 +236,14 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
     )
     lines += ["", f"Made on: {literal(machines)}.", ""]
     for group in comparison["groups"]:
-        for name in ("score", "routing"):
-            file = f"figures/{group['model']}-{group['task']}-{name}.png"
-            if name == "score" or any(m["routing_share"] for m in group["methods"]):
-                lines += [f"![{group['task']}: {name}]({file})", ""]
+        kept = {
+            "score": True,
+            "cost": bool(group["pareto"]),
+            "routing": any(m["routing_share"] for m in group["methods"]),
+            "forgetting": any(m["general"] for m in group["methods"]),
+        }
+        for name in (name for name, there in kept.items() if there):
+            lines += [f"![{group['task']}: {name}](figures/{group['model']}-{group['task']}-{name}.png)", ""]
     return "\n".join(lines)
 
 
@@ -187,46 +257,30 @@ def heading(group: Mapping[str, Any]) -> str:
     )
 
 
-def seconds(value: float) -> str:
-    """A duration: "48 s", "3 min 05 s", "2 h 10 min"."""
-    if value < 120:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _advice(group: Mapping[str, Any]) -> str:
+    return _with_needs(group["recommendation"])
 
 
-def size(value: float) -> str:
-    """A number of bytes: "820 MB", "2.14 GB"."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+def _with_needs(found: Mapping[str, Any]) -> str:
+    """A verdict's or a recommendation's sentence, and what would decide it if it is open."""
+    return found["sentence"] + (f"; {found['needs']}" if found["needs"] else "")
 
 
-def count(value: float) -> str:
-    """A number of parameters: "850 k", "1.72 M", "1.54 B"."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def _score(row: Mapping[str, Any]) -> str:
-    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-
-def _difference(row: Mapping[str, Any] | None) -> str:
-    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if row else "-"
-
-
-def _routed(method: Mapping[str, Any]) -> str:
-    """Share of the updates that went to the first expert; a star says that routing stayed on one side."""
-    if not method["routing_share"]:
-        return "-"
-    expert, share = next(iter(method["routing_share"].items()))
-    return f"{100 * share:.0f} % {expert}" + ("  ONE-SIDED" if method["one_sided"] else "")
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """A sentence on lines of the terminal's width, words whole."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  " if indent else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _meaning(comparison: Mapping[str, Any]) -> str:
     percent = f"{100 * comparison['confidence']:g} %"
     return (
-        f"[low, high]: {percent} interval, {comparison['interval']}; vs: difference to that method; "
-        "routed: updates to the first expert."
+        f"[low, high]: {percent} interval, {comparison['interval']}; vs: difference to that method; time: training of "
+        "one seed; routed: updates to the first expert; forgotten: change of the loss on general text."
     )

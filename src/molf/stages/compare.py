@@ -12,13 +12,13 @@ def run() -> None:
     params, root = load_params(), Path()
 
     from molf import tracking
-    from molf.report import comparison, figures, page, verdicts
+    from molf.report import comparison, examples, figures, page, verdicts
 
     result = comparison.build(params, root)
     folder = REPORTS / "figures"
     shutil.rmtree(folder, ignore_errors=True)
     drawn = figures.draw(result, root, folder)
-    text = page.render(result, drawn, folder, verdicts.limits(result))
+    text = page.render(result, drawn, folder, verdicts.limits(result), examples.collect(result, root))
     write_json(REPORTS / "comparison.json", result)
     atomic(REPORTS / "comparison.csv", lambda path: comparison.flat(result).to_csv(path, index=False))
     write_text(REPORTS / "report.html", text)

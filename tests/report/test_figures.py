@@ -1,0 +1,138 @@
+"""The figures: which there are, how they look, and the reductions that they show."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import LogNorm
+
+from molf.paths import read_json, write_parquet
+from molf.report import comparison, figures, routing_figures, style, weight_figures
+from tests.report import fake
+
+METHODS = [("fft", "fft"), ("lora", "lora"), ("molf", "molf"), ("molf-e", "molf-e")]
+NAMES = {"score", "cost", "loss", "routing", "share", "ratio", "moved", "forgetting", "intruders"}
+
+
+def test_every_figure_is_a_png_and_an_svg(made: Path) -> None:
+    folder = made / "reports/figures"
+    stems = {f"tiny-{task}-{name}" for task in ("sql", "fact") for name in NAMES}
+    stems |= {"overview-routing", "overview-rank"}
+    assert {path.name for path in folder.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
+    for stem in stems:
+        drawn = (folder / f"{stem}.svg").read_text()
+        assert drawn.startswith("<svg") and "<text" in drawn and "metadata" not in drawn, stem
+        assert "<title>" in drawn, stem
+
+
+def test_notes_tell_the_numbers(made: Path) -> None:
+    folder = made / "reports/figures"
+    group = read_json(made / "reports/comparison.json")["groups"][0]
+    molf = group["methods"][2]
+    score = f"molf: {molf['mean']:.3f} [{molf['low']:.3f}, {molf['high']:.3f}]"
+    assert f"<title>{score}</title>" in (folder / "tiny-sql-score.svg").read_text()
+    assert f"<title>{score} at 8.4 s, on the front</title>" in (folder / "tiny-sql-cost.svg").read_text()
+    routing = (folder / "tiny-sql-routing.svg").read_text()
+    assert "<title>layer 1, mlp.up_proj: the full weight won 82 %</title>" in routing
+    assert "<title>layer 1, mlp.up_proj: LoRA r = 8 won 18 %</title>" in routing
+    assert "<title>molf, layer 2: 20.0 % intruders</title>" in (folder / "tiny-sql-intruders.svg").read_text()
+    assert "effective rank of the change 12<" in (folder / "tiny-sql-moved.svg").read_text()
+    overview = (folder / "overview-routing.svg").read_text()
+    assert "<title>fact, molf: the full weight: first expert won, layer 0" not in overview
+    assert "fact, molf: the full weight: first expert won 73 %" in overview
+
+
+def test_figures_of_what_lacks_are_left_out(tmp_path: Path) -> None:
+    params = fake.write_tree(tmp_path, fake.raw_params(("sql",)))
+    for method in ("molf", "molf-e"):
+        path = tmp_path / f"results/tiny/sql/{method}/seed-0/train/routing.parquet"
+        write_parquet(path, pd.read_parquet(path).assign(counted=False))
+    for path in tmp_path.glob("results/*/*/*/*/evaluation/weights.parquet"):
+        path.unlink()
+    result = comparison.build(params, tmp_path)
+    result["groups"][0]["pareto"] = None
+    for m in result["groups"][0]["methods"]:
+        m["general"] = None
+    drawn = figures.draw(result, tmp_path, tmp_path / "figures")
+    assert [figure["name"] for figure in drawn] == ["score", "loss"]
+    routing = routing_figures.read_routing(tmp_path / "results/tiny/sql/molf/seed-0/train")
+    assert routing_figures.share_so_far(routing).empty
+
+
+def test_looks_stay_with_the_kind_and_never_repeat() -> None:
+    looks = style.styles(METHODS)
+    assert {name: look.colour for name, look in looks.items()} == style.KIND_COLOURS
+    assert {name: look.marker for name, look in looks.items()} == style.KIND_MARKERS
+    many = style.styles([*METHODS, ("lora-r8", "lora"), ("lora-r64", "lora"), ("dora", "dora")])
+    assert len({look.colour for look in many.values()}) == len({look.marker for look in many.values()}) == 7
+
+
+def test_routing_reductions(made: Path) -> None:
+    routing = routing_figures.read_routing(made / "results/tiny/sql/molf/seed-0/train")
+    assert set(routing["step"]) == set(range(2, fake.STEPS + 1))  # the step with rate 0 does not count
+    share = routing_figures.share_so_far(routing)
+    assert list(share.columns) == routing_figures.experts(routing) == ["full", "lora_r8"]
+    assert share.loc[2, "full"] == pytest.approx(5 / 6)
+    assert share.sum(axis=1).tolist() == pytest.approx([1.0] * len(share))
+    places = {expert: routing_figures.share_by_place(routing, expert) for expert in ("full", "lora_r8")}
+    assert list(places["full"].index) == ["self_attn.q_proj", "mlp.up_proj"]
+    assert list(places["full"].columns) == [0, 1, 2]
+    assert places["full"].loc["mlp.up_proj", 1] == pytest.approx(9 / 11)
+    assert (places["full"] + places["lora_r8"]).to_numpy().ravel().tolist() == pytest.approx([1.0] * 6)
+    kinds = routing_figures.share_by_type(routing)
+    assert list(kinds.columns) == ["self_attn.q_proj", "mlp.up_proj"]
+    # Step 2: layer 1's up_proj (place 3) has (2 + 3) % 4 != 0; q_proj of layer 1 (place 2) has not.
+    assert kinds.to_numpy()[0].tolist() == pytest.approx([2 / 3, 1.0])
+
+
+def test_score_ratio() -> None:
+    rows = [
+        (step, module, expert, True, score)
+        for step in (1, 2)
+        for module, scores in {"a": (4.0, 1.0, 2.0), "b": (1.0, 4.0, 0.5), "c": (0.0, 1.0, 1.0)}.items()
+        for expert, score in zip(("full", "lora_r4", "lora_r8"), scores, strict=True)
+    ]
+    routing = pd.DataFrame(rows, columns=["step", "module", "expert", "won", "score"])
+    routing["expert"] = pd.Categorical(routing["expert"], categories=["full", "lora_r4", "lora_r8"], ordered=True)
+    table = routing_figures.score_ratio(routing)
+    assert list(table.index) == [1, 2]
+    assert table.loc[1, "median"] == pytest.approx((4 / 2 + 1 / 4) / 2)  # a score of 0 has no ratio
+    pooled = routing_figures.pooled([routing, routing])
+    assert routing_figures.score_ratio(pooled)["median"].equals(table["median"])
+
+
+def test_windows_are_few_and_cover_all_steps() -> None:
+    steps = pd.Series(range(1, 1001))
+    last = routing_figures.windows(steps)
+    assert last.nunique() <= routing_figures.WINDOWS and last.iloc[-1] == 1000
+    assert (last >= steps).all() and last.is_monotonic_increasing
+    assert routing_figures.windows(pd.Series([3, 5, 5])).tolist() == [3, 5, 5]
+
+
+def test_weights_are_means_over_seeds(tmp_path: Path) -> None:
+    frame: dict[str, Any] = {"type": ["up", "up"], "layer": [0, 1], "base_norm": 2.0, "effective_rank": 3.0}
+    for seed, change in enumerate((1.0, 3.0)):
+        folder = tmp_path / str(seed)
+        write_parquet(
+            folder / "weights.parquet", pd.DataFrame({**frame, "change_norm": change, "intruders": seed, "top": 4})
+        )
+    weights = weight_figures.read_weights([tmp_path / "0", tmp_path / "1"])
+    assert weights is not None
+    assert weights["relative_change"].tolist() == [1.0, 1.0] and weights["intruders"].tolist() == [0.5, 0.5]
+    assert weight_figures.by_place(weights, "effective_rank").to_numpy().tolist() == [[3.0, 3.0]]
+    assert weight_figures.read_weights([tmp_path / "0", tmp_path / "none"]) is None
+
+
+def test_a_scale_is_logarithmic_where_values_lie_orders_apart() -> None:
+    near, far = pd.DataFrame([[1.0, 2.0]]), pd.DataFrame([[0.0, 1000.0]])
+    assert not isinstance(style.scale([near]), LogNorm) and style.scale([near]).vmax == 2.0
+    assert isinstance(style.scale([near, far]), LogNorm)
+    assert style.scale([pd.DataFrame([[np.nan, 0.0]])]).vmax == 1.0
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    curve = style.thinned(pd.DataFrame({"step": range(10_000)}), figures.LOSS_POINTS)
+    assert len(curve) == figures.LOSS_POINTS
+    assert curve["step"].iloc[[0, -1]].tolist() == [0, 9999]
