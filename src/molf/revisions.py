@@ -64,7 +64,9 @@ class Revision:
             commit: str = self._files.repo.get_rev()
             top = Path(self._files.repo.scm.root_dir)
         except RevError as error:
-            raise UserError(f"{error}; `git log --oneline` lists revisions, a branch or tag does too") from None
+            raise UserError(
+                f"{error}; `git log --oneline` lists revisions, a branch or tag does too, and `git fetch` brings others"
+            ) from None
         except DvcException as error:
             raise UserError(f"{error}: run this in the project's root folder") from None
         self._base = root.resolve().relative_to(top.resolve())
