@@ -186,9 +186,13 @@ def test_unlike_examples_are_refused(params: Params, tmp_path: Path) -> None:
     assert "unlike examples" in refused(params, tmp_path)
 
 
-def test_unlike_general_texts_are_refused(params: Params, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["rows", "hash"])
+def test_unlike_general_texts_are_refused(params: Params, tmp_path: Path, what: str) -> None:
     path = tmp_path / FFT.results / "evaluation/general.parquet"
-    write_parquet(path, pd.read_parquet(path).iloc[1:])
+    if what == "rows":
+        write_parquet(path, pd.read_parquet(path).iloc[1:])
+    else:
+        edit(path.with_name("metrics.json"), lambda metrics: metrics["general"].update(hash="other"))
     assert "tiny/sql: the general loss was measured on unlike texts" in refused(params, tmp_path)
 
 

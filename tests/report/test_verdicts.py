@@ -56,7 +56,7 @@ def test_the_cheapest_of_those_that_are_not_worse_is_recommended() -> None:
     )
     found = recommendation(of, MARGIN, 3)
     assert found["method"] == "molf"  # lora takes less, but is worse
-    assert "use molf (0.820): it is worse than no other method by more than 0.015" in found["sentence"]
+    assert "use molf (0.820): no other method beats it by more than 0.015" in found["sentence"]
     assert "of fft and molf, for which that holds, it takes the least memory" in found["sentence"]
     assert found["needs"] is None
 
@@ -74,7 +74,7 @@ def test_where_none_is_sure_not_to_be_worse_it_says_what_would_decide() -> None:
     found = recommendation(of, MARGIN, 3)
     assert found["method"] is None
     assert "undecided" in found["sentence"]
-    assert "lora scores highest (0.810), but may be worse than fft by more than 0.015" in found["sentence"]
+    assert "lora scores highest (0.810), but fft may beat it by more than 0.015" in found["sentence"]
     assert found["needs"] == "7 seeds (now 3) or some 2,400 examples (now 300) would decide it"
     for d in of["differences"]:
         d["seeds_needed"] = None
@@ -91,7 +91,7 @@ def test_without_comparable_costs_there_is_no_cheapest() -> None:
     unlike = {**of, "costs_comparable": False, "why_not_comparable": "the cells ran on unlike hardware (a, b)"}
     found = recommendation(unlike, MARGIN, 3)
     assert found["method"] is None
-    assert "any of fft and lora" in found["sentence"]
+    assert "On sql, fft or lora: no other method beats one of these" in found["sentence"]
     assert "the cheapest cannot be said, for the cells ran on unlike hardware" in found["sentence"]
     # One alone needs no ranking.
     of["differences"][1] |= {"low": -0.09, "high": -0.02}
@@ -106,7 +106,8 @@ def test_a_recommended_method_that_may_be_no_better_than_no_training_says_so() -
 
 def test_one_method_alone_leaves_nothing_to_choose() -> None:
     found = recommendation(group({"molf": (0.8, 4, 9)}, {}), MARGIN, 3)
-    assert found == {"method": None, "sentence": "On sql, molf alone was trained: nothing to choose", "needs": None}
+    assert (found["method"], found["candidates"]) == (None, [])
+    assert found["sentence"] == "On sql, molf alone was trained: nothing to choose"
 
 
 def test_an_undecided_verdict_says_what_would_decide_it() -> None:
@@ -134,8 +135,11 @@ def built(root: Path) -> dict[str, Any]:
 def test_the_sentence_names_the_method_of_each_task_first(root: Path) -> None:
     comparison = built(root)
     assert comparison["sentence"].startswith("On sql and fact, use molf (generated data). MoLF: molf keeps up")
-    comparison["groups"][1]["recommendation"] = {"method": None, "sentence": "On fact, it is undecided", "needs": None}
-    assert sentence(comparison).startswith("On sql, use molf; on fact, it is undecided (generated data).")
+    comparison["groups"][1]["recommendation"] = {"method": None, "candidates": []}
+    undecided = "it is undecided which method to use on fact (molf scores highest)"
+    assert sentence(comparison).startswith(f"On sql, use molf; {undecided} (generated data).")
+    comparison["groups"][1]["recommendation"] = {"method": None, "candidates": ["fft", "molf"]}
+    assert "; on fact, use fft or molf, whose costs cannot be compared (generated data)." in sentence(comparison)
 
 
 def test_costs_of_one_quiet_machine_are_ranked(root: Path) -> None:

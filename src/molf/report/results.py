@@ -141,8 +141,12 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Loaded], base: Loaded |
         yield f"{where}: the cells were evaluated on unlike examples"
     if base and base["metrics"]["task_kind"] != next(iter(cells.values()))["metrics"]["task_kind"]:
         yield f"{where}: the untrained model was scored as task kind {base['metrics']['task_kind']}"
-    general = [list(found["general"]["text_id"]) for found in scored if found["general"] is not None]
-    if any(ids != general[0] for ids in general):
+    general = [
+        (found["metrics"]["general"]["hash"], list(found["general"]["text_id"]))
+        for found in scored
+        if found["general"] is not None and found["metrics"].get("general")
+    ]
+    if any(texts != general[0] for texts in general):
         yield f"{where}: the general loss was measured on unlike texts"
 
 

@@ -62,41 +62,50 @@ def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[
         margin, seeds: As in `verdicts`.
 
     Returns:
-        `method` or None, `sentence`, and `needs`: what would decide it, None where it is decided or nobody can say.
+        `method` or None, `sentence`, `needs`: what would decide it, None where it is decided or nobody can say; and
+        `candidates`: the methods that are non-inferior to every other.
     """
     methods = {m["method"]: m for m in group["methods"]}
-    place = group["task"]
     if len(methods) == 1:
-        only = next(iter(methods))
-        return {"method": None, "sentence": f"On {place}, {only} alone was trained: nothing to choose", "needs": None}
+        return _recommended(None, f"On {group['task']}, {next(iter(methods))} alone was trained: nothing to choose")
     versus = {name: [d for d in group["differences"] if d["method"] == name] for name in methods}
     good = [name for name, found in versus.items() if _outcome(found, margin) is Outcome.HOLDS]
     if not good:
-        leader = max(methods, key=lambda name: methods[name]["mean"])
+        leader = _leader(group)
         rivals = [d["versus"] for d in versus[leader] if d["low"] <= -margin]
-        needs = _needs(versus[leader], margin, seeds, group)
         said = (
-            f"On {place}, it is undecided which method to use: {leader} scores highest "
-            f"({methods[leader]['mean']:.3f}), but may be worse than {listed(rivals)} by more than {margin:g}"
+            f"On {group['task']}, it is undecided which method to use: {leader} scores highest "
+            f"({methods[leader]['mean']:.3f}), but {listed(rivals, 'or')} may beat it by more than {margin:g}"
         )
-        return {"method": None, "sentence": said, "needs": needs}
+        return _recommended(None, said, needs=_needs(versus[leader], margin, seeds, group))
     if len(good) > 1 and not group["costs_comparable"]:
         said = (
-            f"On {place}, any of {listed(good)}: none is worse than another method by more than {margin:g}; which is "
-            f"the cheapest cannot be said, for {group['why_not_comparable']}"
+            f"On {group['task']}, {listed(good, 'or')}: no other method beats one of these by more than {margin:g}; "
+            f"which is the cheapest cannot be said, for {group['why_not_comparable']}"
         )
-        return {"method": None, "sentence": said, "needs": None}
+        return _recommended(None, said, good)
     least = min(methods[name]["peak_memory_bytes"] for name in good)
     light = [name for name in good if methods[name]["peak_memory_bytes"] <= SAME_MEMORY * least]
     chosen = min(light, key=lambda name: methods[name]["train_seconds"])
-    reason = f"it is worse than no other method by more than {margin:g}"
+    reason = f"no other method beats it by more than {margin:g}"
     if len(good) > 1:
         cost = "takes the least memory" if len(light) == 1 else "is the fastest of those that take the least memory"
         reason += f", and of {listed(good)}, for which that holds, it {cost}"
     if methods[chosen]["over_base"]["low"] <= 0:
         reason += f"; but it is not surely better than the untrained model ({group['base']['mean']:.3f})"
-    said = f"On {place}, use {chosen} ({methods[chosen]['mean']:.3f}): {reason}"
-    return {"method": chosen, "sentence": said, "needs": None}
+    said = f"On {group['task']}, use {chosen} ({methods[chosen]['mean']:.3f}): {reason}"
+    return _recommended(chosen, said, good)
+
+
+def _recommended(
+    method: str | None, sentence: str, candidates: Sequence[str] = (), needs: str | None = None
+) -> dict[str, Any]:
+    return {"method": method, "sentence": sentence, "needs": needs, "candidates": list(candidates)}
+
+
+def _leader(group: Mapping[str, Any]) -> str:
+    """The method with the highest score."""
+    return str(max(group["methods"], key=lambda m: m["mean"])["method"])
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:
@@ -111,16 +120,20 @@ def sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def _uses(comparison: Mapping[str, Any]) -> str:
-    """On which task which method is recommended; tasks of one method together."""
+    """On which task which method is recommended, tasks of one method together."""
     chosen: dict[str, list[str]] = {}
-    rest = []
+    unranked, undecided = [], []
     for group in comparison["groups"]:
         place, found = _place(comparison, group), group["recommendation"]
         if found["method"]:
             chosen.setdefault(found["method"], []).append(place)
+        elif found["candidates"]:
+            unranked.append(f"on {place}, use {listed(found['candidates'], 'or')}, whose costs cannot be compared")
         elif len(group["methods"]) > 1:
-            rest.append(found["sentence"].replace(f"On {group['task']},", f"on {place},", 1))
-    parts = [f"on {listed(places)}, use {method}" for method, places in chosen.items()] + rest
+            undecided.append(f"{place} ({_leader(group)} scores highest)")
+    parts = [f"on {listed(places)}, use {method}" for method, places in chosen.items()] + unranked
+    if undecided:
+        parts.append(f"it is undecided which method to use on {listed(undecided)}")
     text = "; ".join(parts) or "only one method was trained"
     return text[0].upper() + text[1:]
 
@@ -271,6 +284,6 @@ def signed(difference: Difference) -> str:
     return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], word: str = "and") -> str:
     """ "a", "a and b", "a, b and c"."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
