@@ -172,8 +172,12 @@ def test_a_model_cards_fields_parse_back(project: Path) -> None:
         "| r | \\[2, 5\\] |",
         "| training.batch\\_size | 4 |",
         "On 20 test examples; left out: none.",
+        f"- On 20 texts that are no task's: {made.metrics['general']['loss']:.4f} nats per token",
+        f"of 140 directions looked at, {made.metrics['weights']['intruders']} are new (intruder dimensions).",
     ):
         assert words in card, words
+    bare = model_card(replace(made, metrics={**made.metrics, "general": None, "weights": None}), made.here())
+    assert "nats per token" not in bare and "intruder" not in bare
 
 
 def test_a_model_of_the_hub_and_of_generated_data_says_so(project: Path) -> None:

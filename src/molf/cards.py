@@ -323,7 +323,26 @@ def _scores(metrics: Mapping[str, Any]) -> list[str]:
         "",
         *markdown.table(["score", "value"], rows),
         "",
+        *_damage(metrics),
     ]
+
+
+def _damage(metrics: Mapping[str, Any]) -> list[str]:
+    """What the training cost of what the base model knew, as far as it was measured."""
+    general, weights = metrics.get("general"), metrics.get("weights")
+    lines = []
+    if general:
+        what = "generated texts" if general.get("generated") else "texts"
+        lines.append(
+            f"- On {general['texts']:,} {what} that are no task's: {general['loss']:.4f} nats per token, "
+            f"{general['bits_per_byte']:.4f} bits per byte; what that is above the base model's was forgotten."
+        )
+    if weights:
+        lines.append(
+            f"- Its linear layers' weights moved by {weights['relative_change']:.2%} of their norm; "
+            f"of {weights['looked_at']:,} directions looked at, {weights['intruders']:,} are new (intruder dimensions)."
+        )
+    return [*lines, ""] if lines else []
 
 
 def _method(made: Made) -> list[str]:
@@ -448,8 +467,8 @@ def _limits(made: Made) -> list[str]:
     found, kept = quality.leaked(data)
     lines = [
         f"- One training with one seed ({run['cell']['seed']}): another seed may score otherwise.",
-        f"- The scores hold for {metrics['n']:,} test examples of this data and for greedy answers; nothing else was "
-        "measured, neither safety nor other languages or tasks.",
+        f"- The scores hold for {metrics['n']:,} test examples of this data and for greedy answers; neither "
+        "safety nor other languages or tasks were measured.",
         f"- It was trained on at most {training['max_length']:,} tokens at once.",
     ]
     if data["generated"]:
