@@ -12,6 +12,7 @@ import torch
 from molf import tiny
 from molf.config import NewTokens
 from molf.encoding import PLAIN_CHAT, Chat, encode_completion, encode_prompt
+from molf.errors import RunError
 from molf.evaluation import LanguageModel, Question
 from molf.models import load_model, load_tokenizer
 from molf.tasks import TASKS
@@ -207,6 +208,31 @@ def test_equal_prompts_are_run_once_and_their_completions_without_them(tokenizer
     lm = LanguageModel(actor, tokenizer, batch_size=8)  # type: ignore[arg-type]
     lm.answer([(text, ["A", "B"], 0) for text in [*ids, *ids]])
     assert actor.shapes == [(2, max(map(len, ids.values())))]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_model_is_not_scored(tokenizer: Any, kind: str, value: float) -> None:
+    model = network("llama", tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    with pytest.raises(RunError, match="NaN or infinity"):
+        TASKS[kind].predict(LanguageModel(model, tokenizer, 4), plain_rows(kind, 4), EVALUATION)
+
+
+def test_a_token_that_a_model_rules_out_is_no_defect(tokenizer: Any) -> None:
+    model = network("llama", tokenizer)
+    whole = LanguageModel(model, tokenizer, 4)
+    [before] = whole.answer([("Name", [" A"], 3)])
+    ruled_out = tokenizer.eos_token_id
+    forward_hook = model.lm_head.register_forward_hook(
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([ruled_out]), -np.inf)
+    )
+    try:
+        [after] = whole.answer([("Name", [" A"], 3)])
+    finally:
+        forward_hook.remove()
+    assert after.logprobs[0] == pytest.approx(before.logprobs[0], abs=0.5) and len(after.text)
 
 
 def test_an_answer_ends_with_the_turn_and_has_nothing_of_the_template() -> None:

@@ -429,11 +429,21 @@ def test_a_file_is_copied_and_stays_as_it_is(executor: SqlExecutor, tmp_path: Pa
         ("CREATE INDEX i ON t (x)", True),
         ("ALTER TABLE t ADD COLUMN y", True),
         ("DROP TABLE t", True),
+        ("DROP TABLE IF EXISTS u", True),
+        ("BEGIN", True),
+        ("REINDEX", True),
     ],
 )
 def test_a_writing_query_is_known_by_what_it_does(executor: SqlExecutor, query: str, writes: bool) -> None:
     outcome = executor.run(TEN, query)
     assert outcome.ok and (outcome.tables is not None) is writes
+
+
+@pytest.mark.parametrize("query", ["BEGIN", "SAVEPOINT a", "REINDEX", "DROP TABLE IF EXISTS u"])
+def test_what_returns_no_rows_is_unlike_a_query_that_finds_none(executor: SqlExecutor, query: str) -> None:
+    gold, predicted = executor.run(TEN, "SELECT x FROM t WHERE x = 99"), executor.run(TEN, query)
+    assert gold.ok and predicted.ok and not same_result(gold, predicted, in_order=False)
+    assert same_result(executor.run(TEN, query), predicted, in_order=False)
 
 
 def test_changes_of_the_schema_show(executor: SqlExecutor) -> None:

@@ -1,6 +1,7 @@
 """Asking a language model: how likely completions are and what greedy decoding says, both from one run of a prompt."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from molf.encoding import Chat, Messages, encode_completion, encode_prompt, left_pad
+from molf.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,9 @@ class LanguageModel:
         tokenizer: With EOS and padding tokens; BOS is put before every prompt where it has one.
         batch_size: Sequences in one forward.
         progress: Whether long calls show a bar.
+
+    Raises:
+        RunError: From every method: the model's logits are no numbers.
     """
 
     def __init__(
@@ -122,7 +127,8 @@ class LanguageModel:
             inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
             goes_on = any(prompt.limit > 1 or any(len(ids) > 1 for ids in prompt.logprobs) for prompt in batch)
             output = self.model(**inputs, logits_to_keep=1, use_cache=goes_on)
-            state = _State(inputs["attention_mask"], output.past_key_values if goes_on else None, output.logits[:, -1])
+            cache = output.past_key_values if goes_on else None
+            state = _State(inputs["attention_mask"], cache, self._numbers(output.logits[:, -1]))
             self._score(batch, state)
             texts = [row for row, prompt in enumerate(batch) if prompt.limit]
             if len(texts) < len(batch):
@@ -157,7 +163,7 @@ class LanguageModel:
         longest = max(map(len, sequences))
         # On the right: no token sees what comes after it.
         padded = [[*ids, *[self.tokenizer.pad_token_id] * (longest - len(ids))] for ids in sequences]
-        return self.model(**state.next(torch.tensor(padded, device=self.model.device))).logits
+        return self._numbers(self.model(**state.next(torch.tensor(padded, device=self.model.device))).logits)
 
     def _continue(self, prompts: list[_Prompt], state: "_State", stops: Sequence[int]) -> None:
         """Fills in greedy text, token by token; a row that is done leaves the batch."""
@@ -173,7 +179,17 @@ class LanguageModel:
                 prompts, tokens = [prompts[row] for row in going], tokens[going]
                 state.take(going)
             if prompts:
-                state.logits = self.model(**state.next(tokens[:, None])).logits[:, -1]
+                state.logits = self._numbers(self.model(**state.next(tokens[:, None])).logits[:, -1])
+
+    def _numbers(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as they are; a broken model would else be scored like one that knows nothing."""
+        # NaN is below nothing. A token that a model rules out may have minus infinity.
+        if not bool((logits < math.inf).all()):
+            raise RunError(
+                f"the model's logits hold NaN or infinity: its weights are broken, or {self.model.dtype} is too narrow "
+                "for them; look at its training's loss, and at `training.dtype`"
+            )
+        return logits
 
     def _batches(self, prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
         """Batches of like length, those with greedy text together and first; then the longest first.

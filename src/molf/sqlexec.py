@@ -52,7 +52,7 @@ class Outcome:
     Attributes:
         ok: Whether it ran.
         rows: Its result; empty if it returns none.
-        tables: What the database holds after a query that writes, by table; None after one that only reads.
+        tables: What the database holds after a statement that writes or returns nothing, by table; else None.
         reason: Why it did not run, None if it did.
         kind: Of the reason, one of `sqlworker.KINDS`; None if it did.
     """
@@ -333,7 +333,7 @@ def _from_json(value: dict[str, Any]) -> Any:
 def same_result(gold: Outcome, predicted: Outcome, in_order: bool) -> bool:
     """Whether two queries that ran on like databases did the same.
 
-    Rows are compared as multisets, or in order; after a gold query that writes, the contents of all tables instead.
+    Rows are compared as multisets, or in order; after statements that write or return nothing, all tables instead.
     """
     if not gold.ok or not predicted.ok or (gold.tables is None) != (predicted.tables is None):
         return False
