@@ -1,5 +1,6 @@
 """What stages and their records say of a cell, read with care: files may be old, damaged or edited by hand."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,17 @@ def read(path: Path) -> Any:
     return found
 
 
-def flaw(name: str, found: Any) -> str:
+def flaw(name: str, found: Any, more: Iterable[str] = ()) -> str:
     """What a record lacks, in words; empty where it lacks nothing.
 
     Args:
         name: Of its file, which says what it must hold.
         found: What it holds.
+        more: What it must hold as well.
     """
     if not isinstance(found, dict):
         return "is no record"
-    lacking = [key for key in NEEDED[name] if _at(found, key) is ABSENT]
+    lacking = [key for key in (*NEEDED[name], *more) if _at(found, key) is ABSENT]
     if not isinstance(found.get("lineage", {}), dict):
         lacking.append("lineage")
     return f"has no {', '.join(lacking)}" if lacking else ""

@@ -146,8 +146,8 @@ def _execute(request: dict[str, Any]) -> dict[str, Any]:
             cursor = connection.execute(request["query"])
             rows = _fetch(cursor, MAX_ROWS)
         tables = None
-        # What returns no rows, not even none, is no query: BEGIN is unlike a SELECT that finds nothing. A SELECT that uses
-        # json_each seems to write the schema table, where SQLite declares json_each's columns.
+        # What returns nothing, not even no rows, is no query: BEGIN is unlike a SELECT that finds none. A SELECT that
+        # uses json_each seems to write the schema table, where SQLite declares json_each's columns.
         if cursor.description is None or writes - {"sqlite_master"}:
             with _time_limit(connection, request["seconds"]):
                 tables = _contents(connection)

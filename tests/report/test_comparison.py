@@ -130,6 +130,30 @@ def test_all_missing_cells_are_named(params: Params, tmp_path: Path) -> None:
     assert "dvc repro" in text
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("train/run.json", "{", "run.json cannot be read (Expecting property name"),
+        ("train/run.json", "[]", "run.json is no record"),
+        ("train/summary.json", "{}", "summary.json has no fingerprint, steps, "),
+        ("evaluation/metrics.json", "{}", "metrics.json has no cell, fingerprint, "),
+        ("evaluation/predictions.parquet", "", "predictions.parquet cannot be read ("),
+    ],
+)
+def test_a_damaged_file_is_named(params: Params, tmp_path: Path, file: str, text: str, said: str) -> None:
+    (tmp_path / FFT.results / file).write_text(text)
+    message = refused(params, tmp_path)
+    assert said in message and "an earlier molf wrote it, or it was damaged" in message
+
+
+def test_predictions_without_what_is_compared_are_refused(params: Params, tmp_path: Path) -> None:
+    for cell in (FFT, Cell("tiny", "sql", "base", 0)):
+        path = tmp_path / cell.results / "evaluation/predictions.parquet"
+        write_parquet(path, pd.read_parquet(path).drop(columns="execution_accuracy"))
+    message = refused(params, tmp_path)
+    assert message.count("predictions.parquet has no column execution_accuracy") == 2
+
+
 def test_cell_of_other_params_is_refused_with_what_differs(params: Params, tmp_path: Path) -> None:
     raw = fake.raw_params()
     raw["methods"]["lora"]["r"] = 16
@@ -148,8 +172,8 @@ def test_cell_of_other_params_is_refused_with_what_differs(params: Params, tmp_p
         ("evaluation/metrics.json", "task_kind", "med", "scored as task kind med"),
         ("evaluation/metrics.json", "primary", 0.5, "predictions.parquet gives"),
         ("train/summary.json", "fingerprint", "other", "two trainings"),
-        ("train/run.json", "data", {"hash": "other"}, "trained on unlike data"),
-        ("train/run.json", "model", {"hash": "other"}, "trained on unlike models"),
+        ("train/run.json", "data", {"hash": "other", "source": {}}, "trained on unlike data"),
+        ("train/run.json", "model", {"hash": "other", "name": "tiny"}, "trained on unlike models"),
         ("train/run.json", "code", "other", "unlike versions of molf's code"),
         ("train/run.json", "versions", {"torch": "1.0"}, "unlike library versions"),
         ("evaluation/metrics.json", "code", "other", "not all evaluated by the same code"),

@@ -7,14 +7,23 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from molf import records
 from molf.config import Params, cell_config, fingerprint, untrained_fingerprint
-from molf.errors import UserError
+from molf.errors import UserError, first_line
 from molf.paths import BASE_METHOD, PREPARED, Cell, read_json
 from molf.tasks import TASKS
 
 Loaded = dict[str, Any]  # run, summary, metrics: as their files; predictions, general: frames, or None
 # The score that the paper reports for a task; its claims are judged on that (DESIGN.md, sections 1 and 3).
 PAPER_SCORES = {"sql": "exact_match", "med": "accuracy", "fact": "efficacy_first_token"}
+# What is compared of a cell's records beside what each must hold anyway.
+_COSTS = ("train_seconds", "tokens_per_second", "peak_memory_bytes", "weights_bytes")
+_SIZES = ("steps", "examples", "trained_parameters", "total_parameters", "final_loss")
+NEEDED = {
+    "run.json": ("hardware.fingerprint", "hardware.name", "hardware.threads", "generated_data"),
+    "summary.json": ("fingerprint", *_SIZES, *_COSTS, "routing", "warnings"),
+    "metrics.json": ("seconds",),
+}
 
 
 def load(params: Params, root: Path) -> tuple[dict[Cell, Loaded], dict[tuple[str, str], Loaded]]:
@@ -49,6 +58,11 @@ def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded
     if lacking:
         problems.append(f"{cell.name}: {', '.join(lacking)} missing")
         return None
+    kind = params.tasks[cell.task].kind
+    unreadable = _unreadable([train / "run.json", train / "summary.json", *_files(cell, root)], root, kind)
+    if unreadable:
+        problems += [f"{cell.name}: {text}" for text in unreadable]
+        return None
     found = {"run": read_json(train / "run.json"), "summary": read_json(train / "summary.json")}
     found |= _evaluation(params, cell, root)
     now, then = cell_config(params, cell), found["run"]["config"]
@@ -63,7 +77,6 @@ def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded
     if evaluated != evaluation:
         shown = "; ".join(changes(evaluated, evaluation))
         wrong.append(f"evaluated with other params than params.yaml says: {shown}")
-    kind = params.tasks[cell.task].kind
     if found["metrics"]["task_kind"] != kind:
         wrong.append(f"scored as task kind {found['metrics']['task_kind']}, but params.yaml says {kind}")
     problems += [f"{cell.name}: {text}" for text in wrong]
@@ -80,6 +93,10 @@ def _base(params: Params, model: str, task: str, root: Path, problems: list[str]
             f"missing; `dvc repro baseline` makes them"
         )
         return None
+    unreadable = _unreadable(_files(cell, root), root, params.tasks[task].kind)
+    if unreadable:
+        problems += [f"{cell.name}: {text}" for text in unreadable]
+        return None
     return _evaluation(params, cell, root)
 
 
@@ -90,6 +107,26 @@ def _files(cell: Cell, root: Path) -> list[Path]:
 
 def _lacking(files: Iterable[Path], root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in files if not path.exists()]
+
+
+def _unreadable(paths: Iterable[Path], root: Path, kind: str) -> list[str]:
+    """Which of a cell's files cannot be compared, and why."""
+    found = []
+    for path in paths:
+        try:
+            if path.suffix == ".json":
+                wrong = records.flaw(path.name, read_json(path), NEEDED[path.name])
+            else:
+                names = pq.read_schema(path).names
+                binary = [TASKS[kind].BINARY] if TASKS[kind].BINARY else []
+                wanted = dict.fromkeys(["example_id", "prediction", *TASKS[kind].COMPONENTS, *binary])
+                lacking = [name for name in wanted if name not in names]
+                wrong = f"has no column {', '.join(lacking)}" if lacking else ""
+        except ValueError as error:
+            wrong = f"cannot be read ({first_line(error)})"
+        if wrong:
+            found.append(f"{path.relative_to(root)} {wrong}: an earlier molf wrote it, or it was damaged")
+    return found
 
 
 def _evaluation(params: Params, cell: Cell, root: Path) -> Loaded:
