@@ -226,7 +226,7 @@ def test_terminal_table(made: Path) -> None:
 
 def test_what_would_decide_an_open_verdict_is_said(made: Path) -> None:
     found = result(made)
-    needs = "9 seeds (now 1) would decide it"
+    needs = "9 seeds (now 1)"
     found["groups"][0]["verdicts"][0].update(outcome="undecided", needs=needs)
     found["groups"][0]["recommendation"].update(method=None, sentence="On sql, it is undecided", needs=needs)
     for text in (page.terminal_table(found), page.markdown_table(found), page.render(found, [], made, [])):

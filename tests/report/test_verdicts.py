@@ -75,15 +75,13 @@ def test_where_none_is_sure_not_to_be_worse_it_says_what_would_decide() -> None:
     assert found["method"] is None
     assert "undecided" in found["sentence"]
     assert "lora scores highest (0.810), but fft may beat it by more than 0.015" in found["sentence"]
-    assert found["needs"] == "7 seeds (now 3) or some 2,400 examples (now 300) would decide it"
+    assert found["needs"] == "7 seeds (now 3) or some 2,400 examples (now 300)"
     for d in of["differences"]:
         d["seeds_needed"] = None
-    assert (
-        recommendation(of, MARGIN, 1)["needs"] == "some 2,400 examples (now 300) would decide it for these very weights"
-    )
+    assert recommendation(of, MARGIN, 1)["needs"] == "some 2,400 examples (now 300), for these very weights"
     for d in of["differences"]:
         d["examples_needed"] = None
-    assert recommendation(of, MARGIN, 3)["needs"] == "neither more seeds alone nor more examples alone would decide it"
+    assert recommendation(of, MARGIN, 3)["needs"] == "no number of seeds alone, nor of examples alone"
 
 
 def test_without_comparable_costs_there_is_no_cheapest() -> None:
@@ -114,7 +112,7 @@ def test_an_undecided_verdict_says_what_would_decide_it() -> None:
     of = group({"fft": (0.8, 1, 1), "lora": (0.8, 1, 1), "molf": (0.8, 1, 1)}, {("molf", "lora"): (-0.03, 0.02)})
     (found,) = verdicts(of, MARGIN, 3)
     assert (found["outcome"], found["versus"]) == ("undecided", ["fft", "lora"])
-    assert found["needs"] == "7 seeds (now 3) or some 2,400 examples (now 300) would decide it"
+    assert found["needs"] == "7 seeds (now 3) or some 2,400 examples (now 300)"
 
 
 @pytest.fixture

@@ -263,7 +263,7 @@ def _advice(group: Mapping[str, Any]) -> str:
 
 def _with_needs(found: Mapping[str, Any]) -> str:
     """A verdict's or a recommendation's sentence, and what would decide it if it is open."""
-    return found["sentence"] + (f"; {found['needs']}" if found["needs"] else "")
+    return found["sentence"] + (f"; to decide it: {found['needs']}" if found["needs"] else "")
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:

@@ -251,7 +251,7 @@ def _decided(difference: Difference, margin: float) -> bool:
 
 
 def _needs(differences: Iterable[Difference], margin: float, seeds: int, group: Mapping[str, Any]) -> str:
-    """What would decide all of the differences that are undecided, in words."""
+    """What would decide all of the differences that are undecided, to be read behind "to decide it:"."""
     undecided = [d for d in differences if not _decided(d, margin)]
     more_seeds, more_examples = ([d[key] for d in undecided] for key in ("seeds_needed", "examples_needed"))
     ways = []
@@ -260,12 +260,8 @@ def _needs(differences: Iterable[Difference], margin: float, seeds: int, group: 
     if None not in more_examples:
         ways.append(f"some {_rounded(max(more_examples)):,} examples (now {group['examples']:,})")
     if not ways:
-        return (
-            "more examples alone would not decide it"
-            if seeds == 1
-            else "neither more seeds alone nor more examples alone would decide it"
-        )
-    return f"{' or '.join(ways)} would decide it" + (" for these very weights" if seeds == 1 else "")
+        return "no number of examples alone" if seeds == 1 else "no number of seeds alone, nor of examples alone"
+    return " or ".join(ways) + (", for these very weights" if seeds == 1 else "")
 
 
 def _rounded(count: int) -> int:
