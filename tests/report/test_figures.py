@@ -1,5 +1,6 @@
 """The figures: which there are, how they look, and the reductions that they show."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,20 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
     curve = style.thinned(pd.DataFrame({"step": range(10_000)}), figures.LOSS_POINTS)
     assert len(curve) == figures.LOSS_POINTS
     assert curve["step"].iloc[[0, -1]].tolist() == [0, 9999]
+
+
+def test_tasks_and_models_stand_beside_each_other_in_one_scale(tmp_path: Path) -> None:
+    low, high = (pd.DataFrame([[value, value]], index=["mlp.up_proj"], columns=[0, 1]) for value in (2.0, 8.0))
+    tables = {("small", "fft"): {"sql": low, "fact": high}, ("large", "fft"): {"sql": high}}  # fact was not asked of it
+    figure = routing_figures.overview_figure(tables, "ranks", "effective rank", share=False)
+    style.save(figure, tmp_path / "overview.png")
+    drawn = (tmp_path / "overview.svg").read_text()
+    assert [drawn.count(f">{text}<") for text in ("small", "large", "sql: 2", "sql: 8", "fact: 8")] == [1] * 5
+    colours = {
+        value: set(re.findall(rf"effective rank {value}</title>\s*<path[^>]*fill: (#\w+)", drawn)) for value in "28"
+    }
+    assert all(len(found) == 1 for found in colours.values()) and colours["2"] != colours["8"]
+    # A power of ten is no formula where "$" is a dollar.
+    far = {("small", "fft"): {"sql": low, "fact": 100 * high}}
+    style.save(routing_figures.overview_figure(far, "ranks", "effective rank", share=False), tmp_path / "far.png")
+    assert "mathdefault" not in (tmp_path / "far.svg").read_text()

@@ -102,10 +102,10 @@ def score_ratio(routing: pd.DataFrame) -> pd.DataFrame:
 
 
 def windows(steps: pd.Series) -> pd.Series:
-    """For each step the last step of its window; a training has at most `WINDOWS`, of equal width but the last."""
+    """For each step the last step of its window; a training has at most `WINDOWS`, of about equal width."""
     known = np.sort(steps.unique())
-    width = max(1, -(-len(known) // WINDOWS))
-    last = known[np.minimum((np.arange(len(known)) // width + 1) * width - 1, len(known) - 1)]
+    window = np.arange(len(known)) * min(WINDOWS, len(known)) // max(1, len(known))
+    last = known[np.searchsorted(window, window, side="right") - 1]
     return steps.map(dict(zip(known, last, strict=True))).rename("step")
 
 

@@ -22,6 +22,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 # The four kinds keep their look in every report; further methods take the rest in turn.
@@ -164,11 +165,13 @@ def heat(axes: Axes, table: pd.DataFrame, norm: Normalize, said: str, show: Any 
         shade = float(np.clip(norm(value), 0, 1))
         square = Rectangle((column - 0.5, row - 0.5), 1, 1, fc=colours(shade), ec="white", lw=1.0, clip_on=False)
         note(square, f"layer {layers[column]}, {types[row]}: {said} {show(value)}")
+        square.set_in_layout(False)  # it lies within the axes; measuring each takes most of the time
         axes.add_patch(square)
         if len(layers) <= NUMBERED:
             ink = "white" if shade < 0.55 else INK
             size = 8 if len(layers) <= NUMBERED / 2 else 6.5
-            axes.text(column, row, show(value).rstrip(" %"), ha="center", va="center", fontsize=size, color=ink)
+            text = show(value).rstrip(" %")
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink, in_layout=False)
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_ylim(len(types) - 0.5, -0.5)
     every = max(1, round(len(layers) / 12))
@@ -191,6 +194,8 @@ def colour_bar(figure: Figure, panels: Any, norm: Normalize, ticks: Mapping[floa
     bar = figure.colorbar(ScalarMappable(norm, MAP), ax=panels, pad=0.015, aspect=18, fraction=0.06)
     if ticks:
         bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    else:  # matplotlib writes powers of ten as formulas
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)  # type: ignore[operator]
 
@@ -235,4 +240,8 @@ def _plain(svg: str, prefix: str) -> str:
     svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in pointed else "", svg)
     svg = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, 'DejaVu Sans', sans-serif", svg)
-    return re.sub(r"\n\s*", "\n", svg)
+    # A hundredth of a point is finer than any screen; what turns nothing and what is empty is no use.
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", svg)
+    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    return svg.replace("<g/>\n", "")
