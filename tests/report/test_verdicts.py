@@ -175,6 +175,12 @@ def test_other_costs_are_not_ranked_and_it_says_why(root: Path, file: str, value
     assert f"tiny, sql: times and memory are not comparable and are not ranked: {why}." in limits(comparison)
 
 
+def test_many_busy_cells_are_counted(root: Path) -> None:
+    for path in root.glob("results/tiny/sql/*/seed-0/train/summary.json"):
+        write_json(path, {**read_json(path), "contended": True})
+    assert "while 4 of 4 cells were trained" in built(root)["groups"][0]["why_not_comparable"]
+
+
 def test_a_load_that_nobody_measured_is_said(root: Path) -> None:
     change(root, "summary.json", contended=None)
     comparison = built(root)

@@ -15,12 +15,13 @@ from molf.paths import BASE_METHOD, Cell
 from molf.report import statistics
 from molf.report.results import PAPER_SCORES, Loaded, load, provenance
 from molf.report.statistics import Combine, Scores
-from molf.report.verdicts import REFERENCE_KINDS, paper_sentence, recommendation, sentence, verdicts
+from molf.report.verdicts import REFERENCE_KINDS, listed, paper_sentence, recommendation, sentence, verdicts
 from molf.tasks import TASKS
 
 # Of a method's numbers; not for the flat table, or not as they are.
 NESTED = ("per_seed", "metrics", "routing_share", "warnings", "general", "weights", "over_base")
 TOLERANCE = 1e-6  # between metrics.json and the score recomputed from predictions.parquet
+NAMED = 3  # cells that a sentence names; more are counted
 COSTS = ("train_seconds", "peak_memory_bytes")
 
 
@@ -266,8 +267,9 @@ def _why_not_comparable(cells: Mapping[str, Sequence[Loaded]]) -> str | None:
         return f"the cells ran on unlike hardware ({shown})"
     contended = [Cell(**f["run"]["cell"]).name for f in every if f["summary"].get("contended")]
     if contended:
+        shown = listed(contended) if len(contended) <= NAMED else f"{len(contended)} of {len(every)} cells"
         verb = "was" if len(contended) == 1 else "were"
-        return f"other programs kept the machine busy while {', '.join(contended)} {verb} trained"
+        return f"other programs kept the machine busy while {shown} {verb} trained"
     return None
 
 
