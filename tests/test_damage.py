@@ -14,6 +14,7 @@ from molf.config import WeightChange, evaluation_fingerprint
 from molf.errors import RunError
 from molf.evaluation import LanguageModel
 from molf.models import load_model, load_tokenizer
+from molf.modules import place
 from molf.paths import read_json, write_json
 from tests.conftest import SHAPE, write_base
 from tests.trained import METHODS
@@ -217,6 +218,18 @@ def test_the_effective_rank_is_the_entropys(shape: tuple[int, int]) -> None:
     assert damage.effective_rank(torch.zeros(shape)) == 0
 
 
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("model.layers.3.mlp.up_proj", ("mlp.up_proj", 3)),
+        ("model.layers.11.experts.2.up", ("experts.2.up", 11)),
+        ("model.embed_tokens", ("embed_tokens", 0)),
+    ],
+)
+def test_a_modules_name_tells_its_type_and_layer(module: str, expected: tuple[str, int]) -> None:
+    assert place(module) == expected
+
+
 # --- weights of models -----------------------------------------------------------------------------------------------
 
 
@@ -238,20 +251,20 @@ def test_an_untouched_model_has_not_moved(tied_base: Path) -> None:
 def test_what_moved_is_found_where_it_moved(tied_base: Path) -> None:
     model = load_model(tied_base, torch.float32)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    place = "model.layers.1.mlp.up_proj"
-    target = model.get_parameter(f"{place}.weight")
+    module = "model.layers.1.mlp.up_proj"
+    target = model.get_parameter(f"{module}.weight")
     rows, columns = target.shape
     change = (orthonormal(rows, 2, 1) @ orthonormal(columns, 2, 2).T).float() * 3
     with torch.no_grad():
         target.add_(change)
         model.model.embed_tokens.weight[0] += 1.0
     table, told = moves(model, damage.Stored(tied_base), LOOK)
-    row = table.set_index("module").loc[place]
+    row = table.set_index("module").loc[module]
     assert (row["layer"], row["type"], row["rows"], row["columns"]) == (1, "mlp.up_proj", rows, columns)
     assert row["change_norm"] == pytest.approx(3 * 2**0.5, rel=1e-4)
-    assert row["base_norm"] == pytest.approx(float(base[f"{place}.weight"].norm()), rel=1e-5)
+    assert row["base_norm"] == pytest.approx(float(base[f"{module}.weight"].norm()), rel=1e-5)
     assert row["effective_rank"] == pytest.approx(2, abs=0.01) and row["intruders"] == 2
-    others = table[table["module"] != place]
+    others = table[table["module"] != module]
     assert not others[["change_norm", "effective_rank", "intruders"]].to_numpy().any()
     whole = math.sqrt((table["base_norm"] ** 2).sum())
     assert told["relative_change"] == pytest.approx(3 * 2**0.5 / whole, rel=1e-4)
@@ -291,8 +304,8 @@ def test_weights_in_several_files_and_under_longer_names_are_found(base: Path, t
 
 def test_weights_that_are_not_in_the_files_are_counted_and_none_at_all_is_no_table(base: Path, tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
-    place = "model.layers.0.mlp.up_proj.weight"
-    save_file({**tensors, place: tensors[place][:-1].contiguous()}, tmp_path / "model.safetensors")
+    module = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, module: tensors[module][:-1].contiguous()}, tmp_path / "model.safetensors")
     table, told = moves(load_model(base, torch.float32), damage.Stored(tmp_path), LOOK)
     assert len(table) == 13 and told["not_found"] == 1
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")

@@ -9,6 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from molf.modules import place
 from molf.report.style import (
     DASHES,
     GREY,
@@ -112,15 +113,6 @@ def windows(steps: pd.Series) -> pd.Series:
 def experts(routing: pd.DataFrame) -> list[str]:
     """The experts of a record, in its order."""
     return [str(expert) for expert in routing["expert"].cat.categories]
-
-
-def place(module: str) -> tuple[str, int]:
-    """Type and layer of a module: "model.layers.3.mlp.up_proj" -> ("mlp.up_proj", 3); without a number, layer 0."""
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return parts[-1], 0
-    return ".".join(parts[numbers[0] + 1 :]), int(parts[numbers[0]])
 
 
 def expert_words(name: str) -> str:
