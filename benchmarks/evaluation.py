@@ -24,16 +24,8 @@ from benchmarks import table
 from benchmarks.device import Device
 from benchmarks.measure import RESULTS, Result, Row, Settings, side_by_side
 from molf import generate, presets
-from molf.config import (
-    ChoiceOptions,
-    CompletionOptions,
-    Evaluation,
-    GeneratedSource,
-    MedOptions,
-    NoOptions,
-    Params,
-    SqlOptions,
-)
+from molf.blocks import ChoiceOptions, CompletionOptions, GeneratedSource, MedOptions, NoOptions, SqlOptions
+from molf.config import Evaluation, Params
 from molf.encoding import Messages, encode_completion, encode_prompt
 from molf.errors import UserError
 from molf.evaluation import Answer, LanguageModel, Question

@@ -8,7 +8,8 @@ import pandas as pd
 
 from benchmarks.measure import Skipped
 from molf import presets
-from molf.config import FileSource, Params, check_params
+from molf.blocks import FileSource
+from molf.config import Params, check_params
 from molf.errors import UserError
 
 GEMMA = "gemma3-270m"

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from molf import generate, tiny
-from molf.config import ChoiceOptions, CompletionOptions, MedOptions, NoOptions, SqlOptions
+from molf.blocks import ChoiceOptions, CompletionOptions, MedOptions, NoOptions, SqlOptions
 from molf.tasks import TASKS
 from tests.tasks.helpers import with_ids
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from molf import base, sources, tiny
-from molf.config import ModelBlock, Params, check_params, read_yaml
+from molf.blocks import ModelBlock
+from molf.config import Params, check_params, read_yaml
 from molf.errors import UserError
 from molf.methods import keeps_weights
 from molf.models import INFO, describe, find_weights, folder_hash, load_model, load_tokenizer

@@ -13,7 +13,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from molf import data, generate, raw, sources
-from molf.config import SPLITS, TaskBlock, check_params, read_yaml
+from molf.blocks import SPLITS, TaskBlock
+from molf.config import check_params, read_yaml
 from molf.errors import UserError
 from molf.paths import read_json, write_json
 from molf.tasks import med

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from molf import general, generate
-from molf.config import GeneralBlock, check_params, read_yaml
+from molf.blocks import GeneralBlock
+from molf.config import check_params, read_yaml
 from molf.errors import UserError
 from molf.paths import read_json, write_json
 from tests.conftest import ROOT

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from molf import estimate, models, sharding
 from molf.base import build
-from molf.config import PathModel, check_params, read_yaml
+from molf.blocks import PathModel
+from molf.config import check_params, read_yaml
 from molf.errors import RunError, main
 from molf.memory import explained
 from molf.models import INFO, load_model

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 
 from molf import asking, cells, lineage, models, predict
+from molf.blocks import ChoiceOptions, CompletionOptions, SqlOptions
 from molf.cli import run
-from molf.config import ChoiceOptions, CompletionOptions, Params, SqlOptions, check_params
+from molf.config import Params, check_params
 from molf.errors import UserError
 from molf.paths import Cell, read_json, write_json
 from molf.readers import as_row

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from molf import copies, data, splits
-from molf.config import SPLITS
+from molf.blocks import SPLITS
 from molf.errors import UserError
 from tests.test_data import block, frame, med_rows, run, write_jsonl
 

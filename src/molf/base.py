@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from molf import memory
-from molf.config import SHA, GgufModel, HubModel, ModelBlock, PathModel, TinyModel
+from molf.blocks import SHA, GgufModel, HubModel, ModelBlock, PathModel, TinyModel
 from molf.errors import UserError, first_line
 from molf.models import INFO, check_folder, load_model, weight_dtype
 from molf.paths import file_hash, write_json

@@ -448,7 +448,7 @@ def made_up_prompt(kind: str, options: Mapping[str, Any]) -> str:
     import pandas as pd
 
     from molf import generate
-    from molf.config import MedOptions, NoOptions, SqlOptions
+    from molf.blocks import MedOptions, NoOptions, SqlOptions
     from molf.tasks import TASKS, letters
 
     if kind == "completion":

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from molf.config import SPLITS
+from molf.blocks import SPLITS
 from molf.errors import UserError, plain
 from molf.paths import PREPARED, RAW
 from molf.revisions import Revision, Unavailable, WorkingTree

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent
 VIEWS = frozenset(
     f"molf{name}"
     for name in (
-        *("", ".errors", ".config", ".problems", ".paths"),
+        *("", ".errors", ".blocks", ".config", ".problems", ".paths"),
         *(".machine", ".tracking", ".lineage", ".notes", ".cards", ".closure", ".estimate", ".memory"),
     )
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from molf import copies
-from molf.config import SPLITS, TaskBlock
+from molf.blocks import SPLITS, TaskBlock
 from molf.errors import UserError, plain
 from molf.paths import atomic, read_json, write_json, write_parquet
 from molf.placing import Placing, Pool, once

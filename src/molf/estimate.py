@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from molf import kernels
 from molf.adamw import WORTH_COMPILING
-from molf.config import MethodBlock, Training
+from molf.blocks import MethodBlock
+from molf.config import Training
 from molf.errors import UserError
 from molf.nn import MoLFLinear
 

@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from molf import estimate, machine, sharding
 from molf.batches import encode_examples, read_examples, total_steps
-from molf.config import (
+from molf.blocks import (
     GgufModel,
     HubModel,
     MethodBlock,
     ModelBlock,
     MolfEfficientMethod,
     MolfMethod,
-    Params,
     PathModel,
     TinyModel,
-    Training,
 )
+from molf.config import Params, Training
 from molf.errors import UserError
 from molf.estimate import Memory, Shape
 from molf.methods import keeps_weights

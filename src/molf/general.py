@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from molf.config import FileText, GeneralBlock, GeneratedText, HubText, NoText
+from molf.blocks import FileText, GeneralBlock, GeneratedText, HubText, NoText
 from molf.errors import UserError
 from molf.paths import file_hash, read_json, write_json, write_parquet
 from molf.raw import hub_revision, hub_rows

@@ -14,15 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from molf import closure, errors, models, records, tracking
-from molf.config import (
-    PARAMS,
-    SPLITS,
-    Params,
-    cell_config,
-    evaluation_fingerprint,
-    fingerprint,
-    untrained_fingerprint,
-)
+from molf.blocks import SPLITS
+from molf.config import PARAMS, Params, cell_config, evaluation_fingerprint, fingerprint, untrained_fingerprint
 from molf.errors import RunError, UserError, first_line
 from molf.paths import BASE_METHOD, GENERAL, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash
 from molf.report import quality

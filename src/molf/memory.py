@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from molf.config import MethodBlock, Training
+from molf.blocks import MethodBlock
+from molf.config import Training
 from molf.errors import RunError, first_line
 from molf.models import ran_out
 

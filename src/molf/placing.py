@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from molf import copies, splits
-from molf.config import SPLITS, TaskBlock
+from molf.blocks import SPLITS, TaskBlock
 from molf.errors import UserError
 
 if TYPE_CHECKING:

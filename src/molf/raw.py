@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from molf.config import SHA, FileSource, GeneratedSource, HubSource, HubText, TaskBlock, UrlSource
+from molf.blocks import SHA, FileSource, GeneratedSource, HubSource, HubText, TaskBlock, UrlSource
 from molf.errors import UserError, first_line
 from molf.paths import atomic, file_hash, write_json
 from molf.readers import Row, RowFile, as_row

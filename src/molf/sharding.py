@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from molf import estimate
+from molf.blocks import MethodBlock
 from molf.collective import agreed, gathered, rank, world_size
-from molf.config import MethodBlock, Training
+from molf.config import Training
 from molf.errors import RunError
 from molf.models import load_model, weight_dtype
 

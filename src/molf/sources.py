@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from molf.config import SHA, SOURCES_LOCK, HubModel, HubSource, HubText, Params, UrlSource
+from molf.blocks import SHA, HubModel, HubSource, HubText, UrlSource
+from molf.config import SOURCES_LOCK, Params
 from molf.errors import UserError, first_line
 from molf.paths import read_json, write_json
 

@@ -34,7 +34,8 @@ from molf.batches import (
     optimizer_steps,
     total_steps,
 )
-from molf.config import MethodBlock, Training
+from molf.blocks import MethodBlock
+from molf.config import Training
 from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
 from molf.methods import METHODS

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from molf.config import ChoiceOptions
+from molf.blocks import ChoiceOptions
 from molf.tasks import choice
 from molf.tasks.columns import NotUnicode
 from tests.tasks import helpers

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from molf.config import CompletionOptions
+from molf.blocks import CompletionOptions
 from molf.errors import UserError
 from molf.tasks import completion
 from molf.tasks.columns import NotUnicode

@@ -3,7 +3,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from molf.config import NoOptions
+from molf.blocks import NoOptions
 from molf.tasks import fact
 from tests.tasks.helpers import EVALUATION, StandIn, real, rejected, with_ids
 

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from molf.config import MedOptions
+from molf.blocks import MedOptions
 from molf.tasks import med
 from tests.tasks.helpers import EVALUATION, StandIn, real, rejected, with_ids
 

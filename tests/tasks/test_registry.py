@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from molf.config import ChoiceOptions, CompletionOptions, MedOptions, NoOptions, SqlOptions
+from molf.blocks import ChoiceOptions, CompletionOptions, MedOptions, NoOptions, SqlOptions
 from molf.tasks import TASKS
 from tests.tasks.helpers import rejected
 

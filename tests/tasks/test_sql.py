@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from molf.config import SqlOptions
+from molf.blocks import SqlOptions
 from molf.errors import RunError
 from molf.tasks import sql
 from tests.tasks.helpers import EVALUATION, SHARED, StandIn, real, rejected, with_ids

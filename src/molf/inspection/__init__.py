@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from molf.config import PARAMS, Params, TaskBlock, check_params, load_params
+from molf.blocks import TaskBlock
+from molf.config import PARAMS, Params, check_params, load_params
 from molf.errors import UserError, plain
 from molf.inspection import files, findings, page, trial
 from molf.inspection.forms import Guess

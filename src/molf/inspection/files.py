@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from molf.config import SPLITS
+from molf.blocks import SPLITS
 from molf.errors import UserError
 from molf.paths import read_json, write_json
 from molf.raw import Origin, write_split

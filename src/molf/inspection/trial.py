@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from molf import data
-from molf.config import SPLITS, Params, PathModel, TaskBlock, check_params
+from molf.blocks import SPLITS, PathModel, TaskBlock
+from molf.config import Params, check_params
 from molf.errors import UserError, first_line
 from molf.paths import MODELS
 from molf.raw import extract_databases

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from molf.config import MolfMethod, Training
+from molf.blocks import MolfMethod
+from molf.config import Training
 from molf.models import load_model
 from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
 from molf.optim import MoLFAdamW, molf_param_groups

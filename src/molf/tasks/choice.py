@@ -43,7 +43,8 @@ from molf.tasks.letters import LETTERS
 if TYPE_CHECKING:
     import pandera.pandas as pa
 
-    from molf.config import ChoiceOptions, Evaluation
+    from molf.blocks import ChoiceOptions
+    from molf.config import Evaluation
     from molf.evaluation import LanguageModel
 
 NAME = "choice"

@@ -15,7 +15,8 @@ from molf.tasks.generic import Template, Wrong, flaws, no_wrong, replaced, schem
 if TYPE_CHECKING:
     import pandera.pandas as pa
 
-    from molf.config import CompletionOptions, Evaluation
+    from molf.blocks import CompletionOptions
+    from molf.config import Evaluation
     from molf.evaluation import LanguageModel
 
 NAME = "completion"

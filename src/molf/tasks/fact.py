@@ -11,7 +11,8 @@ from molf.tasks.columns import as_list, differ, joined, of_rows, of_text, prepar
 if TYPE_CHECKING:
     import pandera.pandas as pa
 
-    from molf.config import Evaluation, NoOptions
+    from molf.blocks import NoOptions
+    from molf.config import Evaluation
     from molf.evaluation import LanguageModel
 
 NAME = "fact"

@@ -12,7 +12,8 @@ from molf.tasks.letters import LETTERS, completion, prompt
 if TYPE_CHECKING:
     import pandera.pandas as pa
 
-    from molf.config import Evaluation, MedOptions
+    from molf.blocks import MedOptions
+    from molf.config import Evaluation
     from molf.evaluation import LanguageModel
 
 NAME = "med"

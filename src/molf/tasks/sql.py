@@ -13,7 +13,8 @@ from molf.tasks.columns import is_missing, joined, of_text, prepared, text
 if TYPE_CHECKING:
     import pandera.pandas as pa
 
-    from molf.config import Evaluation, SqlOptions
+    from molf.blocks import SqlOptions
+    from molf.config import Evaluation
     from molf.evaluation import LanguageModel
 
 NAME = "sql"
