@@ -47,9 +47,10 @@ def test_notes_tell_the_numbers(made: Path) -> None:
 
 def test_figures_of_what_lacks_are_left_out(tmp_path: Path) -> None:
     params = fake.write_tree(tmp_path, fake.raw_params(("sql",)))
-    for method in ("molf", "molf-e"):
-        path = tmp_path / f"results/tiny/sql/{method}/seed-0/train/routing.parquet"
-        write_parquet(path, pd.read_parquet(path).assign(counted=False))
+    path = tmp_path / "results/tiny/sql/molf/seed-0/train/routing.parquet"
+    write_parquet(path, pd.read_parquet(path).assign(counted=False))
+    path = tmp_path / "results/tiny/sql/molf-e/seed-0/train/routing.parquet"
+    write_parquet(path, pd.read_parquet(path).query("expert == 'lora_r4'"))  # an expert alone has no rival
     for path in tmp_path.glob("results/*/*/*/*/evaluation/weights.parquet"):
         path.unlink()
     result = comparison.build(params, tmp_path)
@@ -57,7 +58,7 @@ def test_figures_of_what_lacks_are_left_out(tmp_path: Path) -> None:
     for m in result["groups"][0]["methods"]:
         m["general"] = None
     drawn = figures.draw(result, tmp_path, tmp_path / "figures")
-    assert [figure["name"] for figure in drawn] == ["score", "loss"]
+    assert [figure["name"] for figure in drawn] == ["score", "loss", "routing", "share"]
     routing = routing_figures.read_routing(tmp_path / "results/tiny/sql/molf/seed-0/train")
     assert routing_figures.share_so_far(routing).empty
 

@@ -144,9 +144,11 @@ def _of_group(
             share_figure(_title(group, "routing over time"), routings),
             "Share of the steps that the first expert won, by kind of layer. A line that falls: LoRA takes over.",
         )
+    contested = {method: routing for method, routing in routings.items() if len(experts(routing)) > 1}
+    if contested:
         yield (
             "ratio",
-            ratio_figure(_title(group, "how clear the choice was"), routings, looks),
+            ratio_figure(_title(group, "how clear the choice was"), contested, looks),
             "Score of the first expert over that of the best other; the higher score wins. Near 1 the choice was a "
             "toss-up. The band holds 80 % of the layers.",
         )
