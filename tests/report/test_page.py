@@ -282,6 +282,14 @@ def test_units(function: Any, value: float, expected: str) -> None:
     assert function(value) == expected
 
 
+def test_a_table_too_wide_for_the_terminal_goes_on_below() -> None:
+    rows = [["method", "score", "vs fft", "vs lora"], ["molf", "0.8", "+0.1", "+0.2"]]
+    assert sheets.aligned(rows, 30) == ["method  score  vs fft  vs lora", "molf    0.8    +0.1    +0.2"]
+    below = ["method  score  vs fft", "molf    0.8    +0.1", "method  vs lora", "molf    +0.2"]
+    assert sheets.aligned(rows, 29) == below
+    assert len(sheets.aligned(rows, 5)) == 6  # nothing is left out, however narrow
+
+
 def test_sentence_names_models_when_there_are_several(made: Path) -> None:
     found = result(made)
     found["grid"]["models"] = ["tiny", "other"]

@@ -178,7 +178,7 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
     for group in comparison["groups"]:
         lines += _wrapped(heading(group))
         for sheet in tables(group):
-            lines += [f"  {line}" for line in aligned(sheet.texts())] + [""]
+            lines += [f"  {line}" for line in aligned(sheet.texts(), WIDTH - 2)] + [""]
         lines += _wrapped(f"USE: {_advice(group)}", "  ")
         for verdict in group["verdicts"]:
             lines += _wrapped(f"{verdict['outcome'].upper()}: {_with_needs(verdict)}", "  ")

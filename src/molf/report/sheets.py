@@ -194,10 +194,20 @@ def more(group: Mapping[str, Any]) -> list[Sheet]:
     return [sheet for sheet in found if sheet.rows]
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines whose columns stand under each other."""
+def aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Rows of text as lines whose columns stand under each other.
+
+    Columns that would pass `width` stand in a block below, after the first column once more.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    blocks, used = [[0]], widths[0]
+    for i, needed in enumerate(widths[1:], 1):
+        if used + 2 + needed > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 2 + needed
+    return ["  ".join(row[i].ljust(widths[i]) for i in block).rstrip() for block in blocks for row in rows]
 
 
 def seconds(value: float) -> str:
