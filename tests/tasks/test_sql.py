@@ -169,6 +169,22 @@ def test_canonical(one: str, other: str, equal: bool) -> None:
     assert (sql.canonical(one) == sql.canonical(other)) is equal
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "equal"),
+    [
+        # A text, by SQLite's leave, in what is else the quotes of a name.
+        ('SELECT a FROM t WHERE b = "Robbin CV"', 'SELECT A FROM t WHERE b = "Robbin CV"', True),
+        ('SELECT a FROM t WHERE b = "robbin cv"', 'SELECT a FROM t WHERE b = "Robbin CV"', False),
+        ('SELECT "A" FROM t', "SELECT a FROM t", True),
+        ('SELECT t."A" FROM t', 'SELECT t."a" FROM t', True),
+        ('SELECT a FROM "T"', 'SELECT a FROM "t"', True),
+        ("SELEC (", "SELEC (;", True),
+    ],
+)
+def test_a_text_in_double_quotes_keeps_its_case(answer: str, gold: str, equal: bool) -> None:
+    assert sql.right(answer, gold) is equal and sql.right(gold, answer) is equal
+
+
 @pytest.mark.parametrize(("split", "share"), [("train", 0.9655), ("eval", 0.98)])
 def test_real_gretel_rows(split: str, share: float) -> None:
     frame = real(f"sql/gretel_{split}.jsonl.gz")

@@ -219,8 +219,11 @@ def _left_out(gold: Outcome, lacks_database: bool) -> str | None:
 
 
 def right(answer: str, gold: str) -> bool:
-    """Whether the queries are one in sqlglot's spelling."""
-    return canonical(answer) == canonical(gold)
+    """Whether the queries are one in sqlglot's spelling; what may be a text in double quotes keeps its case."""
+    if canonical(answer) != canonical(gold):
+        return False
+    pairs = zip(_quoted(answer), _quoted(gold), strict=False)
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 def canonical(query: str) -> str:
@@ -228,20 +231,39 @@ def canonical(query: str) -> str:
 
     What sqlglot cannot parse stays as it is, without the semicolon at its end.
     """
-    import sqlglot
     from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
-    # It warns of each statement that it passes through unparsed.
-    logging.getLogger("sqlglot").setLevel(logging.ERROR)
     try:
-        statements = [parsed for parsed in sqlglot.parse(query, dialect="sqlite") if parsed is not None]
         spelled = [
             normalize_identifiers(parsed, dialect="sqlite").sql(dialect="sqlite", identify=True, comments=False)
-            for parsed in statements
+            for parsed in _statements(query)
         ]
     except Exception:  # of any type, for a model's text finds the parser's own defects as well
         return query.strip().rstrip(";").rstrip()
     return "; ".join(spelled)
+
+
+def _quoted(query: str) -> list[str | None]:
+    """The names of a query's columns in its order; None where they stand without quotes or behind a table's name.
+
+    "Ann" is a text for SQLite where no column has that name, and Spider's queries write most of theirs so.
+    """
+    from sqlglot import exp
+
+    try:
+        columns = [column for parsed in _statements(query) for column in parsed.find_all(exp.Column)]
+    except Exception:  # as above
+        return []
+    return [column.name if column.this.args.get("quoted") and not column.table else None for column in columns]
+
+
+def _statements(query: str) -> list[Any]:
+    """Sqlglot's trees; it raises anything."""
+    import sqlglot
+
+    # It warns of each statement that it passes through unparsed.
+    logging.getLogger("sqlglot").setLevel(logging.ERROR)
+    return [parsed for parsed in sqlglot.parse(query, dialect="sqlite") if parsed is not None]
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
