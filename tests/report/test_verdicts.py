@@ -67,6 +67,21 @@ def test_time_decides_between_methods_that_take_the_same_memory() -> None:
     assert "it is the fastest of those that take the least memory" in found["sentence"]
 
 
+def test_no_method_is_said_to_lead_where_several_score_alike() -> None:
+    bounds = {pair: (-0.05, 0.05) for pair in (("fft", "lora"), ("lora", "fft"))}
+    said = recommendation(group({"fft": (0.8, 1, 1), "lora": (0.8, 1, 1)}, bounds), MARGIN, 3)["sentence"]
+    assert "fft scores as high as any (0.800), but lora may beat it" in said
+
+
+@pytest.mark.parametrize(("references", "word"), [(["fft", "lora"], "both"), (["fft", "lora", "lora-r4"], "all")])
+def test_a_verdict_counts_its_references(references: list[str], word: str) -> None:
+    of = group({name: (0.8, 1, 1) for name in [*references, "molf"]}, {})
+    for method in of["methods"]:
+        method["kind"] = method["kind"].partition("-")[0]
+    [verdict] = verdicts(of, MARGIN, 3)
+    assert f"molf keeps up: {word} lower bounds lie above -0.015" in verdict["sentence"]
+
+
 def test_where_none_is_sure_not_to_be_worse_it_says_what_would_decide() -> None:
     of = group(
         {"fft": (0.80, 1, 1), "lora": (0.81, 1, 1)}, {("fft", "lora"): (-0.05, 0.03), ("lora", "fft"): (-0.03, 0.05)}

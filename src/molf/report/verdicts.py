@@ -38,7 +38,7 @@ def verdicts(group: Mapping[str, Any], margin: float, seeds: int) -> list[dict[s
         outcome = _outcome(differences, margin)
         shown = ", ".join(f"{signed(d)} against {d['versus']}" for d in differences)
         words = {
-            Outcome.HOLDS: f"keeps up: both lower bounds lie above -{margin:g}",
+            Outcome.HOLDS: f"keeps up: {'both' if len(differences) == 2 else 'all'} lower bounds lie above -{margin:g}",
             Outcome.FAILS: f"falls behind: an upper bound lies below -{margin:g}",
             Outcome.UNDECIDED: f"undecided: the bounds allow more and less than -{margin:g}",
         }[outcome]
@@ -74,7 +74,7 @@ def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[
         leader = _leader(group)
         rivals = [d["versus"] for d in versus[leader] if d["low"] <= -margin]
         said = (
-            f"On {group['task']}, it is undecided which method to use: {leader} scores highest "
+            f"On {group['task']}, it is undecided which method to use: {leader} {_leads(group)} "
             f"({methods[leader]['mean']:.3f}), but {listed(rivals, 'or')} may beat it by more than {margin:g}"
         )
         return _recommended(None, said, needs=_needs(versus[leader], margin, seeds, group))
@@ -104,8 +104,15 @@ def _recommended(
 
 
 def _leader(group: Mapping[str, Any]) -> str:
-    """The method with the highest score."""
+    """The method with the highest score, the first of several."""
     return str(max(group["methods"], key=lambda m: m["mean"])["method"])
+
+
+def _leads(group: Mapping[str, Any]) -> str:
+    """What can be said of the leader's score beside the others', behind its name."""
+    highest = max(m["mean"] for m in group["methods"])
+    alike = sum(math.isclose(m["mean"], highest, abs_tol=1e-9) for m in group["methods"])
+    return "scores highest" if alike == 1 else "scores as high as any"
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:
@@ -130,7 +137,7 @@ def _uses(comparison: Mapping[str, Any]) -> str:
         elif found["candidates"]:
             unranked.append(f"on {place}, use {listed(found['candidates'], 'or')}, whose costs cannot be compared")
         elif len(group["methods"]) > 1:
-            undecided.append(f"{place} ({_leader(group)} scores highest)")
+            undecided.append(f"{place} ({_leader(group)} {_leads(group)})")
     parts = [f"on {listed(places)}, use {method}" for method, places in chosen.items()] + unranked
     if undecided:
         parts.append(f"it is undecided which method to use on {listed(undecided)}")
