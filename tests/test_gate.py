@@ -235,6 +235,13 @@ def test_what_cannot_be_compared_is_said(folder: Folder, capsys: pytest.CaptureF
 
     assert "compare needs --against REVISION" in problem()
     assert "unknown Git revision 'nope'" in problem("--against", "nope")
+    shown = read_json(folder.root / REPORTS / "comparison.json")
+    shown["groups"][0]["primary_name"] = "accuracy"
+    write_json(folder.root / REPORTS / "comparison.json", shown)
+    unjudged = problem("--against", "HEAD")
+    assert "tiny/sql/molf cannot be judged: the score was sql's execution_accuracy then" in unjudged
+    assert "no score of HEAD" in unjudged
+    folder.compare()
     shutil.rmtree(folder.root / "results/tiny/sql/lora")
     assert "`dvc pull results/tiny/sql/lora/seed-0/evaluation`" in problem("--against", "HEAD")
     (folder.root / "reports/comparison.json").unlink()

@@ -90,8 +90,8 @@ def against(root: Path, revision: str, params: Params) -> dict[str, Any]:
         {from, to, confidence, rows, only_then, only_now, notes, fell}; of rows see `judge`.
 
     Raises:
-        UserError: There is no such revision, or no comparison then or now; files of it cannot be had here; or no method
-            is in both.
+        UserError: There is no such revision, or no comparison then or now; files of it cannot be had here; no method is
+            in both; or no score can be judged.
     """
     before, now = Revision(root, revision), WorkingTree(root)
     if not (root / COMPARISON).is_file():
@@ -115,6 +115,11 @@ def against(root: Path, revision: str, params: Params) -> dict[str, Any]:
     then_now = [Version(version.name, comparison, _cells(version, wanted, comparison)) for version, comparison in pairs]
     how = params.compare
     result = judge(then_now[0], then_now[1], how.confidence, how.bootstrap, how.seed)
+    if all(row["change"] is Change.UNJUDGED for row in result["rows"]):
+        told = [
+            f"{row['model']}/{row['task']}/{row['method']} cannot be judged: {row['note']}" for row in result["rows"]
+        ]
+        raise UserError([*told, f"no score of {before.name} can be held against one here"])
     return {**result, "notes": _stale(params, comparisons[1])}
 
 
