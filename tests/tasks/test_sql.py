@@ -1,5 +1,6 @@
 import sqlite3
 import tarfile
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -183,6 +184,16 @@ def test_canonical(one: str, other: str, equal: bool) -> None:
 )
 def test_a_text_in_double_quotes_keeps_its_case(answer: str, gold: str, equal: bool) -> None:
     assert sql.right(answer, gold) is equal and sql.right(gold, answer) is equal
+
+
+@pytest.mark.parametrize("word", ["CHAR", "DECIMAL", "STRUCT", "UNION", "x", ""])
+def test_what_a_model_says_over_and_over_is_spelled_in_no_time(word: str) -> None:
+    started = time.process_time()
+    for end in ("", "1", "1" + ")" * 60):
+        said = f"SELECT {word}(" + f"{word}(" * 59 + end
+        assert sql.right(said, said) and not sql.right(said, "SELECT 1")
+    assert time.process_time() - started < 5  # each of these would take years
+    assert sql.right("SELECT " + "(" * 10 + "1" + ")" * 10, "select " + "( " * 10 + "1" + ")" * 10)
 
 
 @pytest.mark.parametrize(("split", "share"), [("train", 0.9655), ("eval", 0.98)])

@@ -1,6 +1,7 @@
 """Text to SQL: Gretel's synthetic_text_to_sql and Spider (Yu et al. 2018), told apart by their columns."""
 
 import logging
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ ASKED = [["sql_prompt", "sql_context"], ["question", "context"]]  # of both, wha
 SQLITE = "sqlite"  # what it says of a query
 FILLS, PARSES, RUNS = "context runs", "query is SQL", "query runs in its context"
 OF_CONTEXT = "context: "  # begins what the executor says of a context
+DEEPEST = 10  # nested parentheses of a query that sqlglot is asked of
 SYNTAX = r"syntax error|incomplete input|unrecognized token"
 
 
@@ -258,12 +260,22 @@ def _quoted(query: str) -> list[str | None]:
 
 
 def _statements(query: str) -> list[Any]:
-    """Sqlglot's trees; it raises anything."""
-    import sqlglot
+    """Sqlglot's trees; it raises anything.
+
+    What it takes for a type with arguments it reads twice, so that CHAR( within CHAR( within CHAR( and so on, as a
+    model may say it, takes twice the time with each; the benchmarks' own queries go 5 deep.
+    """
+    from sqlglot.dialects.dialect import Dialect
+    from sqlglot.tokens import TokenType
 
     # It warns of each statement that it passes through unparsed.
     logging.getLogger("sqlglot").setLevel(logging.ERROR)
-    return [parsed for parsed in sqlglot.parse(query, dialect="sqlite") if parsed is not None]
+    dialect = Dialect.get_or_raise("sqlite")
+    tokens = dialect.tokenize(query)
+    steps = {TokenType.L_PAREN: 1, TokenType.R_PAREN: -1}
+    if max(accumulate(steps.get(token.token_type, 0) for token in tokens), default=0) > DEEPEST:
+        raise ValueError(f"parentheses are nested deeper than {DEEPEST}")
+    return [parsed for parsed in dialect.parser().parse(tokens, query) if parsed is not None]
 
 
 def metrics(predictions: pd.DataFrame) -> dict[str, Any]:
