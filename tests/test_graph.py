@@ -40,6 +40,11 @@ def test_no_stage_depends_on_all_params() -> None:
         assert stage.get("do", stage).get("params"), f"{name} names no params, so nothing would re-run it"
 
 
+def test_another_general_text_evaluates_anew_and_trains_nothing() -> None:
+    deps = {name: stage.get("do", stage)["deps"] for name, stage in STAGES.items()}
+    assert [name for name, named in deps.items() if "data/general" in named] == ["baseline", "evaluate"]
+
+
 def test_views_are_modules_that_exist() -> None:
     assert all(module_path(name).is_file() for name in VIEWS)
 

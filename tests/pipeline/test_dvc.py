@@ -37,12 +37,12 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
     assert project.repro("compare") == ["compare"]
 
     # A licence and the words of cards and of lineage train nothing anew.
-    for name in ("cards", "lineage"):
+    for name in ("cards", "lineage", "notes"):
         view = project.root / f"src/molf/{name}.py"
         view.write_text(view.read_text() + "\n# changed\n")
     assert project.repro("compare") == []
-    project.edit({"tasks.fact.license": "mit"})
-    assert project.repro("compare") == ["prepare@fact"]
+    project.edit({"tasks.fact.license": "mit", "general.license": "mit"})
+    assert sorted(project.repro("compare")) == ["general", "prepare@fact"]
     assert "license: mit" in (project.root / "data/cards/fact/README.md").read_text()
 
     # A seed that leaves the grid changes the comparison, and trains nothing.
