@@ -20,7 +20,7 @@ from molf.sqlexec import Job, Outcome, SqlExecutor, has_order, same_result
 
 TEN = "CREATE TABLE t (x INT); INSERT INTO t VALUES (1), (2), (3), (4), (5), (6), (7), (8), (9), (10);"
 SECONDS = 0.3
-LIMIT = 3 * SECONDS + 1  # the parent's, on the wall's clock
+LIMIT = 3 * SECONDS + 1  # the parent's, on the wall's clock of a machine that has a core for each worker
 ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n{}) "
 NAME = f"hostile-{os.getpid()}"  # of every file that a statement asks for
 RUNS = "runs"
@@ -275,7 +275,7 @@ def test_a_hostile_statement_is_harmless_or_refused_with_its_kind(run: Run, cont
     outcome = run.outcomes[job]
     assert (RUNS if outcome.ok else outcome.kind) in run.allowed[job], outcome.reason
     assert outcome.ok or outcome.reason
-    assert run.seconds[job] < LIMIT + 3  # a slow machine starts a worker slowly
+    assert run.seconds[job] < sqlexec.PATIENCE * LIMIT + 3  # a slow machine starts a worker slowly
 
 
 def test_no_hostile_statement_leaves_a_file_or_costs_another_example(run: Run) -> None:
@@ -338,6 +338,40 @@ def test_a_worker_that_is_killed_costs_its_own_example_only(monkeypatch: pytest.
     assert (died.kind, late.kind) == ("died", "time") and "-9" in str(died.reason)
     assert [outcome.rows for outcome in outcomes] == [[(55 + i,)] for i in range(40)]
     assert all(worker.process.poll() is not None for worker in pool)
+
+
+@pytest.mark.parametrize(
+    ("runs", "spent", "after", "late"),
+    [
+        (True, 1.0, 6.9, False),
+        (True, 1.0, 7.1, False),  # others have the cores
+        (True, 7.0, 7.1, True),
+        (False, 1.0, 7.1, True),  # it hangs
+        (True, 1.0, 35.1, True),
+    ],
+)
+def test_a_worker_that_gets_no_core_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, runs: bool, spent: float, after: float, late: bool
+) -> None:
+    with SqlExecutor(seconds=2, workers=1) as executor:
+        assert executor.run(TEN, "SELECT 1").ok
+        [worker] = executor._pool
+        monkeypatch.setattr(sqlexec, "_usage", lambda pid: (runs, 50.0))
+        worker._moved()
+        began = worker.deadline - 7
+        monkeypatch.setattr(sqlexec, "_usage", lambda pid: (runs, 50.0 + spent))
+        assert worker.late(began + after) is late
+        assert not late or worker.deadline == began + 7
+        assert worker.deadline <= began + 7 * sqlexec.PATIENCE
+
+
+def test_what_a_process_used_is_known_where_the_system_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    fields = [*"RSTDZ", *"234567", "30", "12", "9"]
+    (tmp_path / "7/stat").write_text(f"7 (a ) b) {' '.join(fields)}\n")
+    monkeypatch.setattr(sqlexec, "PROC", tmp_path)
+    assert sqlexec._usage(7) == (True, 42 / os.sysconf("SC_CLK_TCK"))
+    assert sqlexec._usage(8) == (False, 0.0)
 
 
 def test_outcomes_that_nobody_waits_for_leave_no_worker_behind() -> None:
