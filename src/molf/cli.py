@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from molf import records
 from molf.config import PARAMS, SOURCES_LOCK, NewTokens, Params, load_params
 from molf.errors import RunError, UserError, main
-from molf.paths import REPORTS, own_tools, read_json
+from molf.paths import REPORTS, own_tools
 
 
 def entry() -> None:
@@ -246,10 +247,25 @@ def show() -> None:
     """Prints the last comparison."""
     from molf.report.page import terminal_table
 
+    print(terminal_table(last_comparison()))
+
+
+def last_comparison() -> dict[str, Any]:
+    """reports/comparison.json.
+
+    Raises:
+        UserError: There is none, or an earlier molf made it.
+    """
     path = REPORTS / "comparison.json"
-    if not path.is_file():
+    found = records.read_any(path)
+    if found is None:
         raise UserError(f"there is no {path} yet; `make run` makes it")
-    print(terminal_table(read_json(path)))
+    wrong = records.flaw(path.name, found)
+    if not wrong and not all("recommendation" in group for group in found["groups"]):
+        wrong = "recommends no method"
+    if wrong:
+        raise UserError(f"{path} {wrong}: an earlier molf made it; `make run` makes it anew")
+    return found
 
 
 def compare_with(revision: str | None, as_json: bool) -> None:
@@ -396,9 +412,7 @@ def publish_results(directory: Path) -> None:
     """Copies the comparison, its figures, the params that made it, and the time of each cell."""
     from molf.report.page import published_readme
 
-    comparison = read_json(REPORTS / "comparison.json") if (REPORTS / "comparison.json").is_file() else None
-    if comparison is None:
-        raise UserError("there is no comparison yet; `make run` makes it")
+    comparison = last_comparison()
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("comparison.json", "comparison.csv"):
         shutil.copyfile(REPORTS / name, directory / name)

@@ -92,6 +92,7 @@ def test_two_seeds_are_exploratory(tmp_path: Path) -> None:
     assert [s["score"] for s in fft["per_seed"]] == pytest.approx([30 / 39, 29 / 39])
     assert fft["mean"] == pytest.approx(29.5 / 39)
     assert any("exploratory" in text for text in limits(comparison))
+    assert fft["errors"] == {"no_such_column": 2, "syntax": 1.5}
 
 
 def test_equal_results_give_equal_bytes(params: Params, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from molf import cli
 from molf.paths import read_json, write_json
 from molf.report import page, sheets
 from molf.report.verdicts import sentence
@@ -148,6 +149,8 @@ def test_page_shows_costs_forgetting_tests_and_the_paper_s_score(made: Path) -> 
         group["paper"]["sentence"],
         group["verdicts"][0]["sentence"],
         "Where the answers differ",
+        "Answers that did not run, by reason",
+        "method no such column syntax base 2 1 fft 2 1",
     ):
         assert words in said, words
 
@@ -222,6 +225,23 @@ def test_terminal_table(made: Path) -> None:
     assert f"USE: {group['recommendation']['sentence']}" in said and "HOLDS: molf keeps up" in said
     assert result(made)["sentence"] in said
     assert text.endswith("\n".join(page.SEEN))
+
+
+def test_show_prints_the_comparison_unless_an_earlier_version_made_it(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["show"]) == 2
+    assert "make run" in capsys.readouterr().err
+    found = result(made)
+    write_json(tmp_path / "reports/comparison.json", found)
+    assert cli.run(["show"]) == 0
+    assert found["sentence"] in " ".join(capsys.readouterr().out.split())
+    for group in found["groups"]:
+        del group["recommendation"]
+    write_json(tmp_path / "reports/comparison.json", found)
+    assert cli.run(["show"]) == 2
+    assert "an earlier molf made it; `make run`" in capsys.readouterr().err
 
 
 def test_what_would_decide_an_open_verdict_is_said(made: Path) -> None:

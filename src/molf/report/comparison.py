@@ -19,7 +19,7 @@ from molf.report.verdicts import REFERENCE_KINDS, listed, paper_sentence, recomm
 from molf.tasks import TASKS
 
 # Of a method's numbers; not for the flat table, or not as they are.
-NESTED = ("per_seed", "metrics", "routing_share", "warnings", "general", "weights", "over_base")
+NESTED = ("per_seed", "metrics", "errors", "routing_share", "warnings", "general", "weights", "over_base")
 TOLERANCE = 1e-6  # between metrics.json and the score recomputed from predictions.parquet
 NAMED = 3  # cells that a sentence names; more are counted
 COSTS = ("train_seconds", "peak_memory_bytes")
@@ -142,6 +142,7 @@ def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Loaded],
         "base": {
             **vars(scores.interval(len(methods))),
             "metrics": _finite(base["metrics"]["metrics"]),
+            "errors": _errors([base]),
             "fingerprint": base["metrics"]["fingerprint"],
             "general": {"loss": base["metrics"]["general"]["loss"]} if base["metrics"].get("general") else None,
         },
@@ -304,6 +305,7 @@ def _method(cells: Sequence[Loaded], seeds: Sequence[int]) -> dict[str, Any]:
             for seed, found in zip(seeds, cells, strict=True)
         ],
         "metrics": metrics,
+        "errors": _errors(cells),
         "steps": first["steps"],
         "train_examples": first["examples"],
         "final_loss": _mean(s["final_loss"] for s in summaries),
@@ -324,6 +326,13 @@ def _method(cells: Sequence[Loaded], seeds: Sequence[int]) -> dict[str, Any]:
             dict.fromkeys([*(text for s in summaries for text in s["warnings"]), *_constant_answers(cells)])
         ),
     }
+
+
+def _errors(cells: Sequence[Loaded]) -> dict[str, float]:
+    """How many answers failed, by the kind of failure, where a task tells kinds: the mean over seeds."""
+    counts = [found["metrics"]["metrics"].get("errors", {}) for found in cells]
+    kinds = sorted({kind for of_cell in counts for kind in of_cell})
+    return {kind: _mean(of_cell.get(kind, 0) for of_cell in counts) for kind in kinds}
 
 
 def _constant_answers(cells: Sequence[Loaded]) -> Iterable[str]:

@@ -174,6 +174,17 @@ def more(group: Mapping[str, Any]) -> list[Sheet]:
                 [[(m["method"], None), _interval(m)] for m in group["paper"]["methods"]],
             )
         )
+    every = [{**group["base"], "method": BASE_METHOD}, *group["methods"]]
+    kinds = list(dict.fromkeys(kind for m in every for kind in m["errors"]))
+    if kinds:
+        found.append(
+            Sheet(
+                "Answers that did not run, by reason",
+                ["method", *(kind.replace("_", " ") for kind in kinds)],
+                [[(m["method"], None), *(_counted(m["errors"].get(kind, 0)) for kind in kinds)] for m in every],
+                "Counts of answers, the mean over seeds.",
+            )
+        )
     names = list(dict.fromkeys(name for m in group["methods"] for name in m["metrics"]))
     found.append(
         Sheet(
@@ -241,6 +252,10 @@ def _number(value: float | None) -> Item:
 
 def _needed(value: int | None) -> Item:
     return UNKNOWN if value is None else (f"{value:,}", value)
+
+
+def _counted(value: float) -> Item:
+    return f"{value:,.4g}", value
 
 
 def _p(value: float) -> str:
