@@ -416,7 +416,10 @@ def publish_results(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("comparison.json", "comparison.csv"):
         shutil.copyfile(REPORTS / name, directory / name)
-    shutil.copytree(REPORTS / "figures", directory / "figures", dirs_exist_ok=True)
+    # Not the SVG files: megabytes, which git would keep for ever.
+    shutil.copytree(
+        REPORTS / "figures", directory / "figures", ignore=shutil.ignore_patterns("*.svg"), dirs_exist_ok=True
+    )
     shutil.copyfile(PARAMS, directory / "params.yaml")
     (directory / "tables.md").write_text(published_readme(comparison), encoding="utf-8")
     print(f"{directory} holds the comparison; add a README.md that says what it shows, and commit it")
