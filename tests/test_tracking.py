@@ -12,12 +12,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from molf import tracking
+from molf import mlflow_cells, mlflow_comparison, mlflow_server, tracking
 from molf.config import Params
 from molf.errors import RunError, UserError
-from molf.mlflow_store import Store, _history_rows, data_source, flatten
+from molf.mlflow_cells import history_rows, routing_curves
+from molf.mlflow_store import MAX_TAG_LENGTH, Store, data_source, flatten
 from molf.paths import Cell, file_hash, read_json, write_json
 from molf.report import comparison, figures, page
 from tests.report import fake
@@ -80,7 +82,7 @@ def content(root: Path, **tags: str) -> dict[str, Any]:
         ],
         "artifacts": {
             f"{folder}/{Path(file.path).name}"
-            for folder in ("train", "routing", "evaluation", "data")
+            for folder in ("train", "routing", "evaluation", "data", "tables")
             for file in store.client.list_artifacts(run.info.run_id, folder)
         },
     }
@@ -93,7 +95,7 @@ def runs(root: Path) -> list[Any]:
 
 def live(root: Path, rows: int = 7) -> None:
     with tracking.live_run(record(root), "molf", root) as run:
-        for row in _history_rows(root / CELL.results / "train")[:rows]:
+        for row in history_rows(root / CELL.results / "train")[:rows]:
             run.log([row])
         run.finish(root / CELL.results)
     tracking.log_evaluation(root / CELL.results, "molf", root)
@@ -129,11 +131,22 @@ def test_live_and_rebuilt_runs_are_alike(params: Params, tmp_path: Path, fresh: 
     }
     assert [first["metrics"][f"data/{key}"][0][1] for key in ("rejected", "leaks", "leaks_kept")] == [3, 2, 2]
     assert {"data/summary.json", "data/rejected_rows_by_reason.json", "data/rows.json"} <= first["artifacts"]
-    assert [step for step, *_ in first["metrics"]["loss"]] == list(range(1, fake.STEPS + 1))
-    assert [step for step, *_ in first["metrics"]["routing_share_full"]] == list(range(2, fake.STEPS + 1))
+    assert [step for step, *_ in first["metrics"]["train/loss"]] == list(range(1, fake.STEPS + 1))
+    assert [step for step, *_ in first["metrics"]["routing/share/full"]] == list(range(2, fake.STEPS + 1))
     assert first["metrics"]["test/primary"][0][1] == pytest.approx(32 / 39)
     assert {"routing/routing.parquet", "routing/heat_map.png", "train/summary.json"} <= first["artifacts"]
-    assert "evaluation/predictions.parquet" in first["artifacts"]
+    names = ("evaluation/predictions.parquet", "evaluation/general.parquet", "evaluation/weights.parquet")
+    assert {*names, "tables/predictions.json", "tables/weights.json"} <= first["artifacts"]
+    values = {name: points[0][1] for name, points in first["metrics"].items()}
+    summary = read_json(tmp_path / CELL.results / "train/summary.json")
+    assert values["cost/peak_memory_gb"] == summary["peak_memory_bytes"] / 1e9
+    assert values["cost/energy_joules"] == summary["energy_joules"]
+    loss, before = (
+        read_json(tmp_path / f"results/tiny/sql/{method}/seed-0/evaluation/metrics.json")["general"]["loss"]
+        for method in ("molf", "base")
+    )
+    assert values["damage/forgetting"] == pytest.approx(loss - before) and loss > before
+    assert values["damage/intruders"] > 0
 
 
 @pytest.mark.parametrize(
@@ -144,6 +157,11 @@ def test_live_and_rebuilt_runs_are_alike(params: Params, tmp_path: Path, fresh: 
             {"kind": "file", "files": {"train": [{"from": "data/a.csv"}, {"from": "data/b.csv"}]}},
             "local",
             {"uri": "data"},
+        ),
+        (
+            {"kind": "file", "files": {"train": [{"from": "data/a.csv"}, {"from": f"{Path.cwd()}/other/b.csv"}]}},
+            "local",
+            {"uri": str(Path.cwd())},
         ),
         ({"kind": "file", "files": {"train": {"from": "old.jsonl"}}}, "local", {"uri": "old.jsonl"}),
         ({"kind": "url", "files": {"train": [{"from": "https://x.org/a"}]}}, "http", {"url": "https://x.org/a"}),
@@ -175,7 +193,7 @@ def test_the_datas_tables_are_mlflows_and_stand_once(
     store = Store("molf", tmp_path)
     run = store.find(kind="cell", cell=CELL.name)
     assert run is not None
-    store.complete(run.info.run_id, tmp_path / CELL.results / "train")  # once more
+    mlflow_cells.complete(store, run.info.run_id, tmp_path / CELL.results / "train")  # once more
     file = "data/rejected_rows_by_reason.json"
     table = store.client.load_table(store.experiment_id, file, [run.info.run_id])
     assert table["check"].tolist() == ["is not empty"]
@@ -236,19 +254,19 @@ def test_seeds_are_children_of_one_parent(tmp_path: Path, fresh: bytes, monkeypa
 
 
 def test_a_resumed_cell_reopens_its_run_and_a_new_one_does_not(params: Params, tmp_path: Path) -> None:
-    rows = _history_rows(tmp_path / CELL.results / "train")
+    rows = history_rows(tmp_path / CELL.results / "train")
     with pytest.raises(ValueError, match="killed"), tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
         run.log(rows[:8])
         raise ValueError("killed")
     first = content(tmp_path, kind="cell", cell=CELL.name)
     assert first["status"] == "FAILED"
-    assert len(first["metrics"]["loss"]) == 8
+    assert len(first["metrics"]["train/loss"]) == 8
     with tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
         run.log([{**row, "seconds": row["seconds"] + 100} for row in rows[5:]])  # from the checkpoint at step 5
         run.finish(tmp_path / CELL.results)
     again = content(tmp_path, kind="cell", cell=CELL.name)
     assert again["status"] == "FINISHED"
-    assert [step for step, *_ in again["metrics"]["loss"]] == list(range(1, fake.STEPS + 1))
+    assert [step for step, *_ in again["metrics"]["train/loss"]] == list(range(1, fake.STEPS + 1))
     assert len(runs(tmp_path)) == 2
     other = {**record(tmp_path), "fingerprint": "other"}
     with tracking.live_run(other, "molf", tmp_path):
@@ -260,11 +278,11 @@ def test_a_resumed_cell_reopens_its_run_and_a_new_one_does_not(params: Params, t
 
 def test_track_completes_what_a_kill_left_half_done(params: Params, tmp_path: Path) -> None:
     live_run = tracking.LiveRun(record(tmp_path), "molf", tmp_path)
-    live_run.log(_history_rows(tmp_path / CELL.results / "train")[:3])
+    live_run.log(history_rows(tmp_path / CELL.results / "train")[:3])
     assert tracking.track(tmp_path, params)["runs"] == 4
     found = content(tmp_path, kind="cell", cell=CELL.name)
     assert found["status"] == "FINISHED"
-    assert len(found["metrics"]["loss"]) == fake.STEPS
+    assert len(found["metrics"]["train/loss"]) == fake.STEPS
 
 
 def test_a_new_evaluation_is_shown(params: Params, tmp_path: Path) -> None:
@@ -283,25 +301,171 @@ def test_a_new_evaluation_is_shown(params: Params, tmp_path: Path) -> None:
     assert run.data.metrics["test/primary"] == 0.5
 
 
-def test_comparison_links_its_cells(params: Params, tmp_path: Path) -> None:
-    result, reports = comparison.build(params, tmp_path), tmp_path / "reports"
-    drawn = figures.draw(result, tmp_path, reports / "figures")
+def compare(params: Params, root: Path) -> Any:
+    """Writes reports/ as the stage does; returns the comparison."""
+    result, reports = comparison.build(params, root), root / "reports"
+    drawn = figures.draw(result, root, reports / "figures")
     write_json(reports / "comparison.json", result)
     comparison.flat(result).to_csv(reports / "comparison.csv", index=False)
     (reports / "report.html").write_text(page.render(result, drawn, reports / "figures", []))
-    tracking.log_comparison(reports, "molf", tmp_path)
-    tracking.log_comparison(reports, "molf", tmp_path)
-    assert tracking.track(tmp_path, params)["comparisons"] == 0
-    found = [run for run in runs(tmp_path) if run.data.tags["molf.kind"] == "comparison"]
+    return result
+
+
+@pytest.fixture(scope="module")
+def compared_once(tmp_path_factory: pytest.TempPathFactory, fresh: bytes) -> Path:
+    """A project of two seeds whose comparison is in the store."""
+    root = tmp_path_factory.mktemp("compared")
+    (root / "mlflow.db").write_bytes(fresh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        compare(fake.write_tree(root, fake.raw_params(tasks=("sql",), seeds=(0, 1))), root)
+        tracking.log_comparison(root / "reports", "molf", root)
+    return root
+
+
+@pytest.fixture
+def compared(compared_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That project, to be looked at only."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{compared_once}/mlflow.db")  # `load_table` asks no client
+    return compared_once
+
+
+def test_a_comparison_is_a_run_with_the_report(compared: Path, tmp_path: Path) -> None:
+    result = read_json(compared / "reports/comparison.json")
+    tracking.log_comparison(compared / "reports", "molf", compared)
+    found = [run for run in runs(compared) if run.data.tags["molf.kind"] == "comparison"]
     assert len(found) == 1
-    store = Store("molf", tmp_path)
-    files = {file.path for file in store.client.list_artifacts(found[0].info.run_id)}
-    assert files == {"comparison.json", "comparison.csv", "report.html", "figures", "data"}
+    store, run_id = Store("molf", compared), found[0].info.run_id
+    files = {file.path for file in store.client.list_artifacts(run_id)}
+    assert files == {
+        "comparison.json", "comparison.csv", "report.html", "runs.json", "figures", "data", "tables",
+    }  # fmt: skip
+    drawn = {Path(file.path).name for file in store.client.list_artifacts(run_id, "figures")}
+    assert drawn == {path.name for path in (compared / "reports/figures").iterdir()}
     assert [found[0].data.metrics[f"data/sql/{key}"] for key in ("rejected", "leaks", "leaks_kept")] == [3, 2, 2]
-    linked = found[0].data.tags[f"molf.run.{CELL.name}"]
-    assert store.client.get_run(linked).data.tags["molf.cell"] == CELL.name
-    assert found[0].data.metrics["tiny/sql/molf"] == pytest.approx(32 / 39)
-    assert "keeps up" in found[0].data.tags["mlflow.note.content"]
+    assert found[0].data.metrics["comparison/tiny/sql/molf"] == pytest.approx((32 + 31) / 2 / 39)
+    table = store.client.load_table(store.experiment_id, "tables/tiny/sql/scores.json", [run_id])
+    assert table["method"].tolist() == ["base", "fft", "lora", "molf", "molf-e"]
+    linked = read_json(Path(store.client.download_artifacts(run_id, "runs.json", str(tmp_path))))
+    assert store.client.get_run(linked[CELL.name]).data.tags["molf.cell"] == CELL.name
+    note = found[0].data.tags["mlflow.note.content"]
+    assert "keeps up" in note and result["groups"][0]["recommendation"]["sentence"] in note
+    assert all(linked[f"tiny/sql/{m}"] in note for m in ("base", "fft", "lora", "molf", "molf-e"))
+
+
+def test_the_methods_runs_alone_make_the_table(compared: Path) -> None:
+    result = read_json(compared / "reports/comparison.json")
+    group = result["groups"][0]
+    store = Store("molf", compared)
+    for row in (group["base"] | {"method": "base"}, *group["methods"]):
+        run = store.find(kind="method", method=row["method"])
+        assert run is not None
+        shown = run.data.metrics
+        for name, key in (("test/primary", "mean"), ("test/primary_low", "low"), ("test/primary_high", "high")):
+            assert shown[name] == pytest.approx(row[key], rel=1e-4)
+        assert row["method"] in run.data.tags["mlflow.note.content"]
+        if row["method"] == "base":
+            assert "train/loss" not in shown
+            continue
+        assert shown["cost/train_seconds"] == pytest.approx(row["train_seconds"])
+        assert shown["damage/forgetting"] == pytest.approx(row["general"]["mean"], rel=1e-4)
+        assert run.data.tags["molf.recommended"] == json.dumps(group["recommendation"]["method"] == row["method"])
+        curve = {p.step: p.value for p in store.client.get_metric_history(run.info.run_id, "train/loss")}
+        trains = [compared / f"results/tiny/sql/{row['method']}/seed-{seed}/train" for seed in (0, 1)]
+        one, other = (pd.read_parquet(train / "history.parquet").set_index("step")["loss"] for train in trains)
+        assert curve == pytest.approx(((one + other) / 2).to_dict())
+    routed = store.find(kind="method", method="molf")
+    assert routed is not None and "routing/share/full/mlp.up_proj" in routed.data.metrics
+    assert routed.data.tags["mlflow.runColor"].startswith("#")
+
+
+def test_a_second_comparison_fills_the_same_runs_and_new_trainings_get_fresh_curves(
+    params: Params, tmp_path: Path
+) -> None:
+    def parents() -> dict[str, Any]:
+        return {run.data.tags["molf.method"]: run for run in runs(tmp_path) if run.data.tags["molf.kind"] == "method"}
+
+    compare(params, tmp_path)
+    tracking.log_comparison(tmp_path / "reports", "molf", tmp_path)
+    first = parents()
+    raw = fake.raw_params(tasks=("sql",))
+    raw["compare"]["margin"] = 0.4
+    compare(fake.write_tree(tmp_path, raw), tmp_path)
+    tracking.log_comparison(tmp_path / "reports", "molf", tmp_path)
+    assert {m: run.info.run_id for m, run in parents().items()} == {m: run.info.run_id for m, run in first.items()}
+    raw["methods"]["lora"]["r"] = 4
+    compare(fake.write_tree(tmp_path, raw), tmp_path)
+    tracking.log_comparison(tmp_path / "reports", "molf", tmp_path)
+    now = parents()
+    assert {m for m in now if now[m].info.run_id != first[m].info.run_id} == {"lora"}
+    store = Store("molf", tmp_path)
+    history = store.client.get_metric_history(now["lora"].info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, fake.STEPS + 1))
+    seeds = [run for run in runs(tmp_path) if run.data.tags.get("molf.cell", "").startswith("tiny/sql/lora/")]
+    assert len(seeds) == 2  # one trained with each rank
+    assert {run.data.tags["mlflow.parentRunId"] for run in seeds} == {now["lora"].info.run_id}
+    assert len([run for run in runs(tmp_path) if run.data.tags["molf.kind"] == "comparison"]) == 3
+
+
+def test_the_experiment_says_how_to_read_it_and_has_views(compared: Path) -> None:
+    result = read_json(compared / "reports/comparison.json")
+    store = Store("molf", compared)
+    tags = store.client.get_experiment(store.experiment_id).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert result["sentence"].split(",")[0] in tags["mlflow.note.content"]
+    views = {key: json.loads(value) for key, value in tags.items() if key.startswith(mlflow_comparison.VIEW)}
+    assert sorted(view["name"] for view in views.values()) == [
+        "tiny/sql: routing by step", "tiny/sql: scores and costs", "tiny/sql: training by step",
+    ]  # fmt: skip
+    for key, view in views.items():
+        assert f"viewStateShareKey={key.removeprefix(mlflow_comparison.VIEW)}" in tags["mlflow.note.content"]
+        asked = json.loads(view["state"])["searchFilter"]
+        shown = store.client.search_runs([store.experiment_id], asked)
+        methods = {run.data.tags["molf.method"] for run in shown}
+        assert methods == {"fft", "lora", "molf", "molf-e"} | ({"base"} if "scores" in view["name"] else set())
+
+
+def test_a_long_note_is_cut_at_a_line(compared: Path) -> None:
+    result = read_json(compared / "reports/comparison.json")
+    many = {**result, "groups": 20 * result["groups"]}
+    text = mlflow_comparison.note(many, {}, "1")
+    assert MAX_TAG_LENGTH - 1000 < len(text) <= MAX_TAG_LENGTH
+    assert text.endswith("\n\nThe rest is in report.html, under Artifacts.")
+
+
+def test_forgetting_is_added_once_the_untrained_model_is_scored(params: Params, tmp_path: Path) -> None:
+    path = tmp_path / "results/tiny/sql/base/seed-0/evaluation/metrics.json"
+    metrics = read_json(path)
+    path.unlink()
+    live(tmp_path)
+    assert "damage/forgetting" not in content(tmp_path, kind="cell", cell=CELL.name)["metrics"]
+    write_json(path, {**metrics, "general": {**metrics["general"], "hash": "of other texts"}})
+    tracking.track(tmp_path, params)
+    assert "damage/forgetting" not in content(tmp_path, kind="cell", cell=CELL.name)["metrics"]
+    write_json(path, metrics)
+    tracking.track(tmp_path, params)
+    assert content(tmp_path, kind="cell", cell=CELL.name)["metrics"]["damage/forgetting"][0][1] > 0
+
+
+def test_routing_curves() -> None:
+    won = {("a", 1): "full", ("b", 1): "lora_r8", ("a", 2): "full", ("b", 2): "full", ("a", 3): "lora_r8"}
+    won[("b", 3)] = "lora_r8"
+    rows = [
+        (step, f"layers.0.{kind}", expert, 4.0 if expert == "full" else 1.0, expert == winner, step > 0)
+        for (kind, step), winner in {("a", 0): "full", ("b", 0): "full", **won}.items()
+        for expert in ("full", "lora_r8")
+    ]
+    curves = routing_curves(pd.DataFrame(rows, columns=["step", "module", "expert", "score", "won", "counted"]))
+    assert curves.index.tolist() == [1, 2, 3]
+    assert curves["routing/share/full"].tolist() == pytest.approx([1 / 2, 3 / 4, 3 / 6])
+    assert curves["routing/share/lora_r8"].tolist() == pytest.approx([1 / 2, 1 / 4, 3 / 6])
+    assert curves["routing/share/full/a"].tolist() == pytest.approx([1, 1, 2 / 3])
+    assert curves["routing/score_ratio"].tolist() == pytest.approx([4, 4, 4])
+    zero = pd.DataFrame(rows, columns=["step", "module", "expert", "score", "won", "counted"])
+    zero.loc[zero["expert"] == "lora_r8", "score"] = 0.0  # its rate was 0
+    assert routing_curves(zero)["routing/score_ratio"].isna().all()
+    uncounted = pd.DataFrame(rows, columns=["step", "module", "expert", "score", "won", "counted"]).query("step == 0")
+    assert routing_curves(uncounted).empty
 
 
 def test_six_processes_on_a_fresh_store(tmp_path: Path) -> None:
@@ -321,7 +485,7 @@ def test_six_processes_on_a_fresh_store(tmp_path: Path) -> None:
 def _log_some(root: Path, index: int) -> None:
     run = {**record(root), "fingerprint": f"worker-{index}"}
     with tracking.live_run(run, "molf", root) as live:
-        live.log(_history_rows(root / CELL.results / "train"))
+        live.log(history_rows(root / CELL.results / "train"))
         sys.exit(live.run_id is None)
 
 
@@ -342,7 +506,7 @@ def test_store_that_is_no_database(params: Params, tmp_path: Path, capsys: pytes
 
 
 def test_store_that_breaks_while_training(params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = _history_rows(tmp_path / CELL.results / "train")
+    rows = history_rows(tmp_path / CELL.results / "train")
     with tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
         run.log(rows[:2])
         run._due = 0.0
@@ -371,7 +535,7 @@ def test_unreachable_server(
     assert time.monotonic() - began < 20
     assert printed.count("warning: MLflow") == 2
     with pytest.raises(UserError, match="open that address"):
-        tracking.server_arguments(tmp_path)
+        mlflow_server.server_arguments(tmp_path)
 
 
 @pytest.fixture
@@ -403,7 +567,7 @@ def test_silent_server_is_given_up(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     began = time.monotonic()
     with tracking.live_run(record(tmp_path), "molf", tmp_path) as run:
-        run.log(_history_rows(tmp_path / CELL.results / "train"))
+        run.log(history_rows(tmp_path / CELL.results / "train"))
     assert time.monotonic() - began < 20
     assert capsys.readouterr().err.count("warning: MLflow") == 1
 

@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -385,12 +384,11 @@ def track() -> None:
 
 def open_ui(port: int) -> None:
     """Serves MLflow's page until interrupted."""
-    from molf import tracking
+    from molf import mlflow_server, tracking
 
-    params = load_params()
-    tracking.initialise(Path.cwd(), params.tracking.experiment)
-    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
-    os.execvpe("mlflow", ["mlflow", *tracking.server_arguments(Path.cwd()), "--port", str(port)], own_tools())
+    root, experiment = Path.cwd(), load_params().tracking.experiment
+    tracking.initialise(root, experiment)
+    mlflow_server.serve(root, port, tracking.address(root, experiment))
 
 
 def diff_data(revision: str, to: str | None, task: str | None, key: str | None, as_json: bool) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from molf import mlflow_cells, mlflow_comparison
 from molf.config import Params
-from molf.errors import RunError, UserError
-from molf.mlflow_store import Store, milliseconds, uri_of
+from molf.errors import RunError
+from molf.mlflow_store import STEP_METRICS, Store, milliseconds, uri_of
 from molf.paths import REPORTS, RESULTS
 
 FLUSH_SECONDS = 3.0  # at the soonest; a slow store is written to less often, see FLUSH_SHARE
@@ -52,19 +53,23 @@ class LiveRun:
             store = Store(experiment, root)
             self.run_id = store.open_cell(run).info.run_id
             store.client.update_run(self.run_id, status="RUNNING")
-            self._logged_until = max(store.logged_steps(self.run_id, "loss"), default=0)
+            self._logged_until = max(store.logged_steps(self.run_id, STEP_METRICS["loss"]), default=0)
             self._store = store
 
     def log(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Takes rows of history.parquet, buffers them and now and then sends them.
 
         Args:
-            rows: Mappings with `step`, `seconds` and any of `mlflow_store.STEP_METRICS` and of `routing_share_EXPERT`.
+            rows: Mappings with `step`, `seconds` and any of `mlflow_store.STEP_METRICS`.
         """
         if self._store is None:
             return
         # A resumed training repeats the steps after its checkpoint; they are in the run already.
-        self._rows += [row for row in rows if row["step"] > self._logged_until]
+        self._rows += [
+            {STEP_METRICS.get(key, key): value for key, value in row.items()}
+            for row in rows
+            if row["step"] > self._logged_until
+        ]
         if time.monotonic() >= self._due:
             self._flush()
 
@@ -78,7 +83,7 @@ class LiveRun:
             return
         self._rows = []  # all in history.parquet by now
         with self._or_off("completing the run"):
-            self._store.complete(str(self.run_id), results / "train")
+            mlflow_cells.complete(self._store, str(self.run_id), results / "train")
 
     def close(self, status: str) -> None:
         """Sends what is buffered and leaves the run open for a resumed training.
@@ -141,7 +146,7 @@ def log_evaluation(results: Path, experiment: str, root: Path = Path()) -> None:
         root: Project folder.
     """
     with _guarded("logging the evaluation"):
-        Store(experiment, root).sync_cell(results)
+        mlflow_cells.sync(Store(experiment, root), results)
 
 
 def log_comparison(reports: Path, experiment: str, root: Path = Path()) -> None:
@@ -153,7 +158,7 @@ def log_comparison(reports: Path, experiment: str, root: Path = Path()) -> None:
         root: Project folder.
     """
     with _guarded("logging the comparison"):
-        Store(experiment, root).sync_comparison(reports, root)
+        mlflow_comparison.sync(Store(experiment, root), reports, root)
 
 
 def track(root: Path, params: Params) -> dict[str, int]:
@@ -175,14 +180,22 @@ def track(root: Path, params: Params) -> dict[str, int]:
         for results in sorted((root / RESULTS).glob("*/*/*/seed-*")):
             if (results / "train/summary.json").exists() or (results / "evaluation/metrics.json").exists():
                 counts["cells"] += 1
-                trained, evaluated = store.sync_cell(results)
+                trained, evaluated = mlflow_cells.sync(store, results)
                 counts["runs"] += trained
                 counts["evaluations"] += evaluated
         if (root / REPORTS / "comparison.json").exists():
-            counts["comparisons"] += store.sync_comparison(root / REPORTS, root)
+            counts["comparisons"] += mlflow_comparison.sync(store, root / REPORTS, root)
     except Exception as error:
         raise RunError(f"MLflow ({uri_of(root)}): {_first_line(error)}") from error
     return counts
+
+
+def address(root: Path, experiment: str) -> str:
+    """Where MLflow's page shows the experiment, without the server's part; empty where the store has none."""
+    with _guarded("looking for the experiment"):
+        store = Store.existing(experiment, root)
+        return mlflow_comparison.PAGE.format(experiment=store.experiment_id) if store else ""
+    return ""
 
 
 def find_run(fingerprint: str, experiment: str, root: Path = Path()) -> str | None:
@@ -202,18 +215,6 @@ def find_run(fingerprint: str, experiment: str, root: Path = Path()) -> str | No
     except Exception as error:
         raise RunError(f"MLflow ({uri_of(root)}): {_first_line(error)}") from error
     return found.info.run_id if found else None
-
-
-def server_arguments(root: Path) -> list[str]:
-    """Arguments of the `mlflow` command that serves the store's page.
-
-    Raises:
-        UserError: MLFLOW_TRACKING_URI names a server, which has a page of its own.
-    """
-    uri = uri_of(root)
-    if uri.startswith(("http://", "https://")):
-        raise UserError(f"MLFLOW_TRACKING_URI is {uri}: open that address instead")
-    return ["server", "--backend-store-uri", uri, "--artifacts-destination", str((root / "mlartifacts").resolve())]
 
 
 @contextlib.contextmanager
