@@ -12,7 +12,7 @@ import torch
 from molf import tiny
 from molf.config import NewTokens
 from molf.encoding import PLAIN_CHAT, Chat, encode_completion, encode_prompt
-from molf.errors import RunError
+from molf.errors import RunError, UserError
 from molf.evaluation import LanguageModel, Question
 from molf.models import load_model, load_tokenizer
 from molf.tasks import TASKS
@@ -142,9 +142,29 @@ def test_choices_are_told_apart_by_their_last_token(base: Path) -> None:
     )
     assert logprobs.shape == (2, 2) and texts == lm.generate(["w1 w2", "w3"], 2)
     assert lm.choose([], [" w3"], 2)[0].shape == (0, 1)
-    for choices in ([" w3 w4", " w5 w6"], [" w3", " w3 w4"], [" unknown", " neither"]):
-        with pytest.raises(ValueError, match="apart"):
-            lm.choose(["w1"], choices, 2)
+    with pytest.raises(UserError, match="apart"):
+        lm.choose(["w1"], [" unknown", " neither"], 2)
+
+
+@pytest.mark.parametrize("choices", [(" w3 w4", " w5 w6"), (" w3", " w5 w4"), (" w3", " w3 w4")])
+def test_choices_of_other_tokens_are_told_apart_by_all_of_them(base: Path, choices: tuple[str, ...]) -> None:
+    network = load_model(base, torch.float32)
+    lm = LanguageModel(network, load_tokenizer(base), batch_size=4)
+    logprobs, _ = lm.choose(["w1 w2"], choices, 0)
+    expected = [sum(plain(network, lm.tokenizer, "w1 w2", choice)) for choice in choices]
+    assert logprobs[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_question_may_have_options_of_one_token_and_of_two(tokenizer: Any) -> None:
+    """The tokenizer of `tiny` knows the letters that its texts have."""
+    lengths = {letter: len(encode_completion(tokenizer, f" {letter}")) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+    assert set(lengths.values()) == {1, 2}
+    prompts = [f"Which?\n{chr(10).join(f'{letter}. w{i}' for i, letter in enumerate(lengths))}\nAnswer:"] * 2
+    rows = pd.DataFrame({"example_id": ["a", "b"], "prompt": prompts, "answer": ["A", "Z"], "subject": None})
+    found = TASKS["choice"].predict(
+        LanguageModel(network("llama", tokenizer), tokenizer, 4), rows.assign(options=len(lengths)), EVALUATION
+    )
+    assert found["accuracy"].sum() <= 1 and found["logprob_Z"].notna().all()
 
 
 class Actor:

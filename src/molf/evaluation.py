@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from molf.encoding import Chat, Messages, encode_completion, encode_prompt, left_pad
-from molf.errors import RunError
+from molf.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,17 +89,18 @@ class LanguageModel:
     ) -> tuple[np.ndarray, list[str]]:
         """Natural log-probability of each choice right after each prompt, (prompts, choices), and the greedy texts.
 
-        A tokenizer that splits the choices into several tokens must do so alike but for the last one; the shared tokens
-        then belong to the prompt.
+        Where a tokenizer splits the choices into several tokens of which just the last differs, the shared ones belong
+        to the prompt. Where they differ otherwise, as " A" and " M" may that are one token and two, all tokens count.
 
         Raises:
-            ValueError: The choices do not differ in just their last token.
+            UserError: The tokenizer writes two choices alike.
         """
         ids = [encode_completion(self.tokenizer, choice) for choice in choices]
-        if any(choice[:-1] != ids[0][:-1] for choice in ids) or len({choice[-1] for choice in ids}) < len(ids):
-            raise ValueError(f"the tokenizer does not tell {list(choices)} apart by one last token: {ids}")
+        if len({tuple(choice) for choice in ids}) < len(ids):
+            raise UserError(f"the model's tokenizer does not tell {list(choices)} apart: {ids}; use another model")
+        shared = len(ids[0]) - 1 if all(choice[:-1] == ids[0][:-1] for choice in ids) else 0
         answers = self.answer((prompt, choices, max_new_tokens) for prompt in prompts)
-        logprobs = np.array([[of_tokens[-1] for of_tokens in answer.logprobs] for answer in answers])
+        logprobs = np.array([[of_tokens[shared:].sum() for of_tokens in answer.logprobs] for answer in answers])
         return logprobs.reshape(len(answers), len(choices)), [answer.text for answer in answers]
 
     def generate(self, prompts: Iterable[str], max_new_tokens: int) -> list[str]:
