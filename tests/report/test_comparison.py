@@ -315,10 +315,13 @@ def test_results_of_an_earlier_version_have_no_damage_and_unknown_load(params: P
 
 
 def test_one_and_the_same_answer_is_a_warning(params: Params, tmp_path: Path) -> None:
-    path = tmp_path / FFT.results / "evaluation/predictions.parquet"
-    write_parquet(path, pd.read_parquet(path).assign(prediction="A"))
-    fft, lora, *_ = build(params, tmp_path)["groups"][0]["methods"]
+    for cell in (FFT, Cell("tiny", "fact", "fft", 0)):
+        path = tmp_path / cell.results / "evaluation/predictions.parquet"
+        write_parquet(path, pd.read_parquet(path).assign(prediction="A"))
+    sql, fact = build(params, tmp_path)["groups"]
+    fft, lora, *_ = sql["methods"]
     assert fft["warnings"] == ["one and the same answer to all 40 examples; the score is how often that is right"]
+    assert fact["methods"][0]["warnings"] == ["one and the same answer to all 40 examples"]
     assert lora["warnings"] == []
 
 

@@ -340,7 +340,10 @@ def _constant_answers(cells: Sequence[Loaded]) -> Iterable[str]:
     for found in cells:
         answers = found["predictions"]["prediction"]
         if len(answers) > 1 and answers.nunique(dropna=False) == 1:
-            yield f"one and the same answer to all {len(answers)} examples; the score is how often that is right"
+            told = f"one and the same answer to all {len(answers)} examples"
+            # Several components make a score of more than the answers, as fact's of likelihoods.
+            of_answers = len(TASKS[found["metrics"]["task_kind"]].COMPONENTS) == 1
+            yield f"{told}; the score is how often that is right" if of_answers else told
 
 
 def _mean_of(rows: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
