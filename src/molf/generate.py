@@ -238,7 +238,7 @@ def _tales(rng: random.Random, count: int) -> list[str]:
 
 
 def pretraining_text(
-    seed: int, repeats: int = 20, choices: int = 2000, queries: int = 2500, tales: int = 800
+    seed: int, repeats: int = 20, choices: int = 2000, queries: int = 2500, tales: int = 300
 ) -> list[tuple[str, str]]:
     """What `tiny` learns from: facts, drugs, tales, and other questions and queries in the tasks' own shapes.
 
@@ -247,7 +247,7 @@ def pretraining_text(
         repeats: How often each fact is told in each of its two phrasings.
         choices: Multiple-choice questions.
         queries: SQL queries.
-        tales: Running text.
+        tales: Running text; more than twice as many would cost the model some of its facts.
 
     Returns:
         (context, text) pairs: the text is to be learnt, the context, which is drawn at random, is not.
