@@ -175,6 +175,7 @@ class Actor:
     """
 
     device, dtype = "cpu", torch.float32
+    config = SimpleNamespace(get_text_config=SimpleNamespace)  # which sets no limit
 
     def __init__(self, lines: dict[tuple[int, ...], list[int]], vocabulary: int) -> None:
         self.lines, self.vocabulary = lines, vocabulary
@@ -238,6 +239,19 @@ def test_a_broken_model_is_not_scored(tokenizer: Any, kind: str, value: float) -
         model.model.norm.weight.fill_(value)
     with pytest.raises(RunError, match="NaN or infinity"):
         TASKS[kind].predict(LanguageModel(model, tokenizer, 4), plain_rows(kind, 4), EVALUATION)
+
+
+def test_a_prompt_longer_than_the_models_window_is_refused(tokenizer: Any) -> None:
+    model = network("llama", tokenizer)
+    lm = LanguageModel(model, tokenizer, 4)
+    places = len(encode_prompt(tokenizer, "How many birds?")) + 3
+    model.config.max_position_embeddings = places
+    assert len(lm.generate(["How many birds?"], 3)) == 1
+    said = (
+        f"1 of 2 prompts need up to {places + 1:,} tokens with their answers, and the model has places for {places:,}"
+    )
+    with pytest.raises(UserError, match=said):
+        lm.answer([("How many birds?", (), 4), ("How?", (), 1)])
 
 
 def test_a_token_that_a_model_rules_out_is_no_defect(tokenizer: Any) -> None:

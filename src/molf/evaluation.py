@@ -120,9 +120,22 @@ class LanguageModel:
     def _text(self, said: list[list[int]]) -> list[str]:
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
 
+    def _require_places(self, prompts: list[_Prompt]) -> None:
+        """Raises `UserError` where a prompt and its answer have more tokens than the model has places for."""
+        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        needed = [len(p.ids) + max([p.limit, *map(len, p.logprobs)]) for p in prompts]
+        long = [count for count in needed if places is not None and count > places]
+        if long:
+            raise UserError(
+                f"{len(long)} of {len(prompts)} prompts need up to {max(long):,} tokens with their answers, and the "
+                f"model has places for {places:,}; take the long rows out, lower evaluation.max_new_tokens, or use a "
+                "model with a longer context"
+            )
+
     @torch.inference_mode()
     def _run(self, prompts: list[_Prompt], stops: Sequence[int]) -> None:
         """Fills in what the prompts are run for; greedy text ends before the first of the `stops` tokens."""
+        self._require_places(prompts)
         for batch in self._batches(prompts):
             padded = left_pad([prompt.ids for prompt in batch], self.tokenizer.pad_token_id)
             inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}

@@ -248,12 +248,16 @@ def test_what_would_decide_an_open_verdict_is_said(made: Path) -> None:
     found = result(made)
     needs = "9 seeds (now 1)"
     found["groups"][0]["verdicts"][0].update(outcome="undecided", needs=needs)
-    found["groups"][0]["recommendation"].update(method=None, sentence="On sql, it is undecided", needs=needs)
+    undecided = {"method": None, "candidates": [], "sentence": "On sql, it is undecided", "needs": needs}
+    found["groups"][0]["recommendation"] = undecided
     for text in (page.terminal_table(found), page.markdown_table(found), page.render(found, [], made, [])):
         assert " ".join(text.split()).count(needs) >= 2
     glance = sheets.glance(found)
     assert glance.rows[0][2] == ("undecided", None) and glance.rows[0][6] == ("undecided", None)
     assert glance.rows[1][2] == ("molf", None)
+    # Where costs cannot be ranked, no one method is the cheapest.
+    undecided["candidates"] = ["fft", "molf"]
+    assert sheets.glance(found).rows[0][2] == ("fft or molf", None)
 
 
 def test_one_sided_routing_and_unlike_hardware_are_loud(root: Path) -> None:

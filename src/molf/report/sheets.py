@@ -37,6 +37,7 @@ def glance(comparison: Mapping[str, Any]) -> Sheet:
     rows, places = [], []
     for group in groups:
         chosen = group["recommendation"]["method"]
+        candidates = group["recommendation"].get("candidates") or []
         means = {m["method"]: m["mean"] for m in group["methods"]}
         best = max(means, key=lambda name: means[name])
         outcomes = {v["method"]: v["outcome"] for v in group["verdicts"]}
@@ -45,7 +46,7 @@ def glance(comparison: Mapping[str, Any]) -> Sheet:
             [
                 (group["task"], None),
                 (group["model"], None),
-                (chosen or "undecided", None),
+                (chosen or " or ".join(candidates) or "undecided", None),
                 _number(means[chosen]) if chosen else UNKNOWN,
                 (f"{best} {means[best]:.3f}", means[best]),
                 _number(group["base"]["mean"]),
