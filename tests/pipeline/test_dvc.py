@@ -49,4 +49,4 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
     project.edit({"grid.methods": ["fft"]})
     assert project.repro("compare") == ["compare"]
     table = project.run("molf", "show")
-    assert re.findall(r"^  (\w+) +\d\.\d{3} ", table, flags=re.MULTILINE) == ["base", "fft"], table
+    assert re.findall(r"^  (\w+) +\d\.\d{3} \[", table, flags=re.MULTILINE) == ["base", "fft"], table
