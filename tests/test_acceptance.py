@@ -1,15 +1,8 @@
 """Whole runs as a user has them: the built-in default, its pages in a browser, a real model on real files."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +10,7 @@ import pytest
 
 from tests.browser import Window
 from tests.conftest import Project
+from tests.served import molf_ui
 
 pytestmark = pytest.mark.acceptance
 METHODS = ["fft", "lora", "molf", "molf-e"]
@@ -96,45 +90,12 @@ def test_the_report_in_a_browser(default: Project, window: Window) -> None:
     assert all(url.startswith(("file:", "data:")) for url in window.requests)
 
 
-@pytest.fixture
-def mlflow_page(default: Project) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    server = subprocess.Popen(
-        ["molf", "ui", "--port", str(port)],
-        cwd=default.root,
-        env=default.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert server.poll() is None, "molf ui ended"
-                time.sleep(1)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=60)
-
-
-def test_mlflows_page_in_a_browser(default: Project, window: Window, mlflow_page: str) -> None:
-    request = urllib.request.Request(
-        f"{mlflow_page}/api/2.0/mlflow/experiments/search",
-        json.dumps({"max_results": 50}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        experiments = {e["name"]: e["experiment_id"] for e in json.load(answer)["experiments"]}
-    window.open(f"{mlflow_page}/#/experiments/{experiments['molf']}/runs")
-    window.wait_for("tiny/fact/molf")
-    assert not window.blank()
+def test_mlflows_page_in_a_browser(default: Project, window: Window) -> None:
+    with molf_ui(default.root, default.environment) as address:
+        window.open(address)
+        for task in ("sql", "med", "fact"):
+            window.wait_for(f"tiny/{task}/molf")
+        assert not window.blank() and not window.errors and not window.foreign()
 
 
 @pytest.mark.timeout(1800)

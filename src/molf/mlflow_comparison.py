@@ -90,10 +90,10 @@ def _sync_group(
     store: Store, group: Mapping[str, Any], comparison: Mapping[str, Any], root: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Brings the runs of one model and task up to a comparison; returns the ids of its methods' and its cells' runs."""
-    from molf.report.style import styles
+    from molf.report.style import GREY, styles
 
     looks = styles([(m["method"], m["kind"]) for m in group["methods"]])
-    palette = {method: look.colour for method, look in looks.items()}
+    palette = {BASE_METHOD: GREY, **{method: look.colour for method, look in looks.items()}}
     base = {**group["base"], "method": BASE_METHOD}
     base["per_seed"] = [{"seed": 0, "train_fingerprint": base["fingerprint"], "score": base["mean"]}]
     parents: dict[str, str] = {}
@@ -105,9 +105,9 @@ def _sync_group(
             mlflow_cells.sync(store, root / cell.results)
             if child := store.find(kind="cell", fingerprint=seed["train_fingerprint"]):
                 children[cell] = child.info.run_id
-                store.set_tags(child.info.run_id, {COLOUR: palette.get(row["method"])})
+                store.set_tags(child.info.run_id, {COLOUR: palette[row["method"]]})
         parent = _fill(store, group, row, comparison, children, root)
-        store.set_tags(parent, {COLOUR: palette.get(row["method"])})
+        store.set_tags(parent, {COLOUR: palette[row["method"]]})
         place = cells[0].name.rpartition("/")[0]
         parents[place] = parent
         every |= {cell.name: run for cell, run in children.items()}

@@ -42,7 +42,9 @@ def serve(root: Path, port: int, page: str) -> None:
     print("MLflow's page is starting ...", flush=True)
     with _interruptible():
         # In a session of its own: whoever ends it ends all its processes, whatever a terminal sends them.
-        server = subprocess.Popen(command, env={**own_tools(), **ENVIRONMENT}, start_new_session=True)
+        # What it says goes to the errors: this program's own output is where the page is.
+        environment = {**own_tools(), **ENVIRONMENT}
+        server = subprocess.Popen(command, env=environment, stdout=2, start_new_session=True)
         try:
             while server.poll() is None and not _answers(port):
                 time.sleep(POLL)
