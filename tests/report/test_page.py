@@ -248,7 +248,12 @@ def test_what_would_decide_an_open_verdict_is_said(made: Path) -> None:
     found = result(made)
     needs = "9 seeds (now 1)"
     found["groups"][0]["verdicts"][0].update(outcome="undecided", needs=needs)
-    undecided = {"method": None, "candidates": [], "sentence": "On sql, it is undecided", "needs": needs}
+    undecided: dict[str, Any] = {
+        "method": None,
+        "candidates": [],
+        "sentence": "On sql, it is undecided",
+        "needs": needs,
+    }
     found["groups"][0]["recommendation"] = undecided
     for text in (page.terminal_table(found), page.markdown_table(found), page.render(found, [], made, [])):
         assert " ".join(text.split()).count(needs) >= 2
