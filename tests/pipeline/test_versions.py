@@ -193,10 +193,18 @@ def tracked(project: Project) -> dict[str, Any]:
     runs = client.search_runs(experiments)
     for each in runs:
         names[each.info.run_id] = f"{each.data.tags['molf.kind']} {each.info.run_name}"
+
+    def named(text: str) -> str:
+        """A tag's text, whose links hold what MLflow alone gives: ids of runs."""
+        for number, name in names.items():
+            text = text.replace(number, name)
+        return text
+
     found = {}
     for each in runs:
-        tags = {key: names.get(value, value) for key, value in each.data.tags.items() if key != "mlflow.user"}
-        history = [(point.step, point.value) for point in client.get_metric_history(each.info.run_id, "loss")]
+        tags = {key: named(value) for key, value in each.data.tags.items() if key != "mlflow.user"}
+        points = client.get_metric_history(each.info.run_id, "train/loss")
+        history = [(point.step, point.value) for point in points]
         given = each.inputs.dataset_inputs if each.inputs else []
         content = {"tags": tags, "params": each.data.params, "metrics": each.data.metrics, "loss": history}
         inputs = [(one.dataset.name, one.dataset.digest) for one in given]
