@@ -531,7 +531,7 @@ def test_dvc_repro_goes_on_after_kill_and_after_ctrl_c(project: Project) -> None
     stage, cell = "train@tiny-fact-molf-0", "tiny/fact/molf/seed-0"
     weights, results = project.root / "weights" / cell, project.root / "results" / cell / "train"
     folder = project.root / ".molf/checkpoints" / cell
-    project.run("dvc", "repro", stage)
+    project.run("dvc", "repro", stage, "general")
     expected = folder_hash(weights)
     history = pd.read_parquet(results / "history.parquet").drop(columns=WALL)
     routing = pd.read_parquet(results / "routing.parquet")
