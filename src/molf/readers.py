@@ -160,7 +160,8 @@ class _Zstandard(io.RawIOBase):
         import zstandard
 
         self.file, self.new = file, zstandard.ZstdDecompressor().decompressobj
-        self.frame, self.ready, self.whole = self.new(), b"", True
+        # A view, since cutting the front off megabytes of bytes would copy the rest each time.
+        self.frame, self.ready, self.whole = self.new(), memoryview(b""), True
 
     def readable(self) -> bool:
         return True
@@ -176,7 +177,7 @@ class _Zstandard(io.RawIOBase):
                 if not self.whole:
                     raise EOFError
                 return 0
-            self.ready = self.frame.decompress(data)
+            self.ready = memoryview(self.frame.decompress(data))
             self.whole = self.frame.eof
         count = min(len(buffer), len(self.ready))
         buffer[:count] = self.ready[:count]
