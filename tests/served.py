@@ -1,6 +1,5 @@
 """`molf ui` while a test looks at its page. It is not a test."""
 
-import os
 import re
 import signal
 import socket
@@ -22,8 +21,8 @@ def molf_ui(root: Path, environment: Mapping[str, str]) -> Iterator[str]:
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "MLflow's page is starting ...\n"
-        started = children(process.pid)
         said = process.stdout.readline()
+        started = children(process.pid)  # read once the server answers: before, it may not have been started yet
         found = re.match(rf"MLflow: (http://127\.0\.0\.1:{port}/\S*) ", said)
         assert found, said
         yield found[1]
@@ -43,9 +42,12 @@ def children(parent: int) -> list[int]:
 
 
 def alive(group: int) -> bool:
-    """Whether a process of a group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Whether a process of a group is left; what has ended and is only not yet collected by its parent is not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # ended meanwhile
+            continue
+        if int(of_group) == group and state != "Z":
+            return True
+    return False
