@@ -36,8 +36,7 @@ class Model(StandIn):
 
     def __init__(self, says: Any, logprobs: Any = None, places: int = 4000) -> None:
         super().__init__(says, logprobs)
-        text = SimpleNamespace(max_position_embeddings=places)
-        self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+        self.places = places
         words = SimpleNamespace(bos_token_id=0, encode=lambda text, add_special_tokens: list(range(len(text.split()))))
         self.tokenizer = words
 

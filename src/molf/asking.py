@@ -218,7 +218,7 @@ def by_letter(lm: "LanguageModel", prompts: Sequence[str], choices: Sequence[Seq
 
 def mark_long(lm: "LanguageModel", questions: Sequence[Question], most: int) -> None:
     """Gives an error to each question that, with its answer, has more tokens than the model has places for."""
-    places = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    places = lm.places
     chat = None
     for question in questions:
         if places is None or question.error is not None or question.prompt is None:

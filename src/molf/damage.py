@@ -52,7 +52,7 @@ def general_nll(lm: "LanguageModel", texts: "pd.DataFrame", max_length: int) -> 
     """
     import pandas as pd
 
-    window = min(max_length, getattr(lm.model.config.get_text_config(), "max_position_embeddings", max_length))
+    window = min(max_length, lm.places or max_length)
     encoded, sizes, cut = [], [], []
     for text in texts["text"]:
         whole = encode_prompt(lm.tokenizer, text)

@@ -65,6 +65,11 @@ class LanguageModel:
         self.batch_size = batch_size
         self.progress = progress
 
+    @property
+    def places(self) -> int | None:
+        """The most tokens that the model takes, prompt and answer together; None: its configuration names no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def answer(self, questions: Iterable[Question]) -> list[Answer]:
         """Answers in the order of the questions."""
         asked = list(questions)
@@ -122,7 +127,7 @@ class LanguageModel:
 
     def _require_places(self, prompts: list[_Prompt]) -> None:
         """Raises `UserError` where a prompt and its answer have more tokens than the model has places for."""
-        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        places = self.places
         needed = [len(p.ids) + max([p.limit, *map(len, p.logprobs)]) for p in prompts]
         long = [count for count in needed if places is not None and count > places]
         if long:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from molf.mlflow_store import STEP_METRICS, Store, milliseconds
 from molf.paths import BASE_METHOD, RESULTS, Cell, read_json
+from molf.records import read_any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +66,7 @@ def sync(store: Store, results: Path) -> tuple[bool, bool]:
     Returns:
         Whether the training's part was logged now, and whether the evaluation's was.
     """
-    metrics = _read(results / "evaluation/metrics.json")
+    metrics = read_any(results / "evaluation/metrics.json")
     if (results / "train/summary.json").exists():
         run = read_json(results / "train/run.json")
     elif metrics and metrics["cell"]["method"] == BASE_METHOD:
@@ -253,14 +254,10 @@ def _untrained(results: Path) -> Any:
     """metrics.json of the untrained model on a cell's task, None where it was not scored."""
     model, task = results.parts[-4:-2]
     root = results.parents[len(RESULTS.parts) + 3]
-    return _read(root / Cell(model, task, BASE_METHOD, 0).results / "evaluation/metrics.json")
+    return read_any(root / Cell(model, task, BASE_METHOD, 0).results / "evaluation/metrics.json")
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among an evaluation's metrics, under names that MLflow allows (a subject may hold "&")."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
     return {re.sub(r"[^\w\-. /]", "_", key): value for key, value in numbers.items()}
-
-
-def _read(path: Path) -> Any:
-    return read_json(path) if path.exists() else None

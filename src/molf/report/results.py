@@ -54,12 +54,13 @@ def load(params: Params, root: Path) -> tuple[dict[Cell, Loaded], dict[tuple[str
 def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded | None:
     """A cell's files, or None with what is wrong added to `problems`."""
     train = root / cell.results / "train"
-    lacking = _lacking([train / "run.json", train / "summary.json", *_files(cell, root)], root)
+    files = [train / "run.json", train / "summary.json", *_files(cell, root)]
+    lacking = _lacking(files, root)
     if lacking:
         problems.append(f"{cell.name}: {', '.join(lacking)} missing")
         return None
     kind = params.tasks[cell.task].kind
-    unreadable = _unreadable([train / "run.json", train / "summary.json", *_files(cell, root)], root, kind)
+    unreadable = _unreadable(files, root, kind)
     if unreadable:
         problems += [f"{cell.name}: {text}" for text in unreadable]
         return None
