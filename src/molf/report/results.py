@@ -87,14 +87,15 @@ def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded
 def _base(params: Params, model: str, task: str, root: Path, problems: list[str]) -> Loaded | None:
     """The untrained model's evaluation, or None with what lacks added to `problems`."""
     cell = Cell(model, task, BASE_METHOD, 0)
-    lacking = _lacking(_files(cell, root), root)
+    files = _files(cell, root)
+    lacking = _lacking(files, root)
     if lacking:
         problems.append(
             f"{model}/{task}: the untrained model, the zero row of every table, has no scores: {', '.join(lacking)} "
             f"missing; `dvc repro baseline` makes them"
         )
         return None
-    unreadable = _unreadable(_files(cell, root), root, params.tasks[task].kind)
+    unreadable = _unreadable(files, root, params.tasks[task].kind)
     if unreadable:
         problems += [f"{cell.name}: {text}" for text in unreadable]
         return None
