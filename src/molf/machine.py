@@ -27,12 +27,13 @@ def versions(moments: str = "float32") -> dict[str, str | None]:
     return found
 
 
-def hardware(threads: int | None, processes: int = 1) -> dict[str, Any]:
-    """Name, threads of each process, processes, and a hash of these: costs are ranked among cells that share it only.
+def hardware(threads: int | None, processes: int = 1, micro_batches: int = 1) -> dict[str, Any]:
+    """What a cell is trained on and how, and a hash of that: costs are ranked among cells that share it only.
 
     Args:
         threads: Of each process; None: what torch uses in this one.
         processes: That train a cell together.
+        micro_batches: Parts in which each micro-batch of params.yaml is taken (`Training.split`).
     """
     import torch
 
@@ -42,8 +43,10 @@ def hardware(threads: int | None, processes: int = 1) -> dict[str, Any]:
         name = f"{_cpu_name()}, {os.cpu_count()} cores"
     count = threads or torch.get_num_threads()
     several = f"|{processes}" if processes > 1 else ""
+    several += f"|{micro_batches} micro-batches" if micro_batches > 1 else ""
     digest = hashlib.sha256(f"{name}|{count}{several}".encode()).hexdigest()[:16]
-    return {"name": name, "threads": count, "processes": processes, "fingerprint": digest}
+    how = {"threads": count, "processes": processes, "micro_batches": micro_batches}
+    return {"name": name, **how, "fingerprint": digest}
 
 
 def memory_free() -> int | None:

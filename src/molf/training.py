@@ -449,7 +449,7 @@ def _warnings(routing: dict[str, Any] | None, examples: Examples, machines: int)
         warnings.append(f"{examples.dropped_too_long} examples were longer than training.max_length and left out")
     if machines > 1:
         warnings.append(
-            f"time and memory are of {machines} machines, or numbers of processes or threads, one after the other: "
-            "they compare with no other cell's"
+            f"time and memory are of {machines} machines, or numbers of processes, threads or micro-batches, one after "
+            "the other: they compare with no other cell's"
         )
     return warnings

@@ -264,14 +264,20 @@ def _why_not_comparable(cells: Mapping[str, Sequence[Loaded]]) -> str | None:
     every = [found for row in cells.values() for found in row]
     machines = {found["run"]["hardware"]["fingerprint"]: found["run"]["hardware"] for found in every}
     if len(machines) > 1:
-        shown = ", ".join(dict.fromkeys(f"{h['name']} with {h['threads']} threads" for h in machines.values()))
-        return f"the cells ran on unlike hardware ({shown})"
+        shown = ", ".join(dict.fromkeys(map(_machine, machines.values())))
+        alike = len({h["name"] for h in machines.values()}) == 1
+        return f"the cells ran on {'one machine in unlike ways' if alike else 'unlike hardware'} ({shown})"
     contended = [Cell(**f["run"]["cell"]).name for f in every if f["summary"].get("contended")]
     if contended:
         shown = listed(contended) if len(contended) <= NAMED else f"{len(contended)} of {len(every)} cells"
         verb = "was" if len(contended) == 1 else "were"
         return f"other programs kept the machine busy while {shown} {verb} trained"
     return None
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    parts = hardware.get("micro_batches", 1)  # an earlier molf took each batch whole
+    return f"{hardware['name']} with {hardware['threads']} threads" + (f", batches in {parts} parts" * (parts > 1))
 
 
 def _front(methods: Sequence[Mapping[str, Any]], cost: str) -> list[str]:

@@ -59,7 +59,9 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     base = MODELS / cell.model
     prepared = PREPARED / cell.task
     data = read_json(prepared / "summary.json")
-    config = cell_config(params, cell)
+    config, split = cell_config(params, cell), memory.split(budget, memory.parts_asked())
+    rows = budget.micro_batches()[0]
+    parts = rows // split.micro_batches()[0]
     model, code = models.describe(base), closure.code_hash("molf.stages.train")
     versions = machine.versions(budget.moments)
     record: dict[str, Any] = {
@@ -71,7 +73,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         "code": code,
         "git_commit": machine.git_commit(),
         "versions": versions,
-        "hardware": machine.hardware(budget.threads, budget.processes),
+        "hardware": machine.hardware(budget.threads, budget.processes, parts),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "generated_data": data["generated"],
     }
@@ -93,12 +95,12 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     block, trained_on = params.methods[cell.method], file_hash(prepared / "train.parquet")
     live_run = tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext()
-    with live_run as live, keeper.explaining(), memory.explained(base, block, budget):
+    with live_run as live, keeper.explaining(), memory.explained(base, block, budget, parts):
         outcome = training.train(
             base=base,
             examples_frame=read_examples(prepared / "train.parquet"),
             block=block,
-            training=budget,
+            training=split,
             seed=cell.seed,
             weights=target,
             scratch=TRAINER / cell.name,
@@ -118,6 +120,11 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
             "cell": cell.name,
             "fingerprint": record["fingerprint"],
             **outcome.summary,
+            "micro_batches": parts,
+            "warnings": [
+                *outcome.summary["warnings"],
+                *([_split(rows, parts, memory.MICRO_BATCHES)] if parts > 1 else []),
+            ],
             "lineage": notes.of_training(record, target, kept, trained_on, results, live.run_id),
         }
         write_json(results / "summary.json", summary)
@@ -138,6 +145,13 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         print(f"  resumed after steps {', '.join(map(str, summary['resumed_at_steps']))}")
     for warning in summary["warnings"]:
         print(f"  WARNING: {warning}")
+
+
+def _split(rows: int, parts: int, name: str) -> str:
+    return (
+        f"each batch of {rows} rows was taken as {parts} of {rows // parts} ({name}): the same steps but for "
+        "rounding and dropout; time and memory compare with no cell's that was not"
+    )
 
 
 if __name__ == "__main__":
