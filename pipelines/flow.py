@@ -1,122 +1,323 @@
-"""The comparison as a Prefect flow: the graph is DVC's, Prefect runs its stages and shows what they say.
+"""The comparison as a Prefect flow: the graph is DVC's, Prefect runs its cells side by side and shows what they say.
 
 `python -m pipelines.flow` runs it once; without a Prefect server set up, Prefect starts one for as long as it runs.
+The checkout stays as it is: the flow works in git worktrees below .molf/flow and ends with one commit on a branch.
 """
 
+import argparse
+import json
 import os
-import re
-import signal
-import subprocess
-from collections.abc import Callable
-from graphlib import TopologicalSorter
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # A first start makes the server's database, which takes longer than Prefect's own limit on a small machine.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
 
-from molf.paths import own_tools, read_json
-from molf.report.page import markdown_table
+from molf.config import PARAMS, Params, load_params
+from molf.errors import plain
+from molf.paths import BASE_METHOD, RESULTS, SCRATCH, Cell, write_json, write_text
+from pipelines import checkout, graph, locks, publish
+from pipelines.checkout import FLOW, Place, git
+from pipelines.commands import CommandFailed, ended_together, stream
+from pipelines.graph import Graph, Job
+from pipelines.tasks import Slots, cell, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
-ARTIFACT = "comparison"  # its key in Prefect
+RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)  # how many run at once, the slots say
 
 
-class StageFailed(RuntimeError):
-    """A command of the pipeline ended with another exit code than 0."""
+class CellsLack(RuntimeError):
+    """Cells failed; what the others say was compared and published."""
 
 
-def stream(command: list[str], show: Callable[[str], object]) -> str:
-    """Runs a command in the project's root and hands on each line that it prints as soon as it is there.
-
-    The command and all that it starts end with this process or its cancellation: nothing trains on unseen.
-
-    Args:
-        command: Program and arguments.
-        show: Takes one line, errors included.
-
-    Returns:
-        All lines.
-
-    Raises:
-        StageFailed: The command did not exit with 0.
-    """
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**own_tools(), "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    lines = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if lines[-1]:
-                show(lines[-1])
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if code:
-        raise StageFailed(f"`{' '.join(command)}` ended with exit code {code}; last line: {(lines or ['(none)'])[-1]}")
-    return "\n".join(lines)
+class NotSetUp(ValueError):
+    """What the flow was asked for needs something that this checkout does not have."""
 
 
-def order(dot: str) -> list[str]:
-    """Stage names of DVC's graph, each after all that it needs.
+@flow(name="compare-methods", flow_run_name="compare-methods", task_runner=RUNNER)
+def compare_methods(
+    preset: str | None = None,
+    models: list[str] | None = None,
+    tasks: list[str] | None = None,
+    methods: list[str] | None = None,
+    seeds: list[int] | None = None,
+    params: dict[str, Any] | None = None,
+    push: bool = False,
+    promote: bool = False,
+    in_place: bool = False,
+) -> str:
+    """Brings a grid up to date, its cells side by side, compares, and publishes the comparison.
 
     Args:
-        dot: What `dvc dag --dot` prints: a line `"name";` for a stage, `"from" -> "to";` for a dependency.
-    """
-    graph: TopologicalSorter[str] = TopologicalSorter()
-    for names in (re.findall(r'"([^"]+)"', line) for line in dot.splitlines()):
-        if names:
-            graph.add(names[-1], *names[:-1])
-    return list(graph.static_order())
-
-
-@task(task_run_name="{stage}", cache_policy=NO_CACHE)  # DVC is the cache
-def reproduce(stage: str) -> None:
-    """Brings one stage up to date."""
-    stream(["dvc", "repro", "--single-item", stage], get_run_logger().info)
-
-
-@flow(name="compare-methods", flow_run_name="compare-methods")
-def compare_methods() -> str:
-    """Brings the grid of params.yaml up to date, stage by stage, and publishes the comparison as an artifact.
+        preset: Of `molf preset`, applied to params.yaml first; None leaves it as it is.
+        models: The grid's models; None: those of params.yaml. So with the three that follow.
+        tasks: The grid's tasks.
+        methods: The grid's methods.
+        seeds: The grid's seeds.
+        params: Any other keys of params.yaml with dots (`training.epochs`), and their values.
+        push: Also sends results to DVC's default remote and the branch to git's `origin`.
+        promote: Also lets the best cell that passes params.yaml's gate become the champion.
+        in_place: Works in the checkout itself, without a branch and a commit.
 
     Returns:
         The comparison's verdict in one sentence.
 
     Raises:
-        StageFailed: params.yaml has mistakes, or a stage failed.
+        CommandFailed: params.yaml has mistakes, or a command that all cells need failed.
+        CellsLack: Cells failed; the comparison of the others is published.
+        NotSetUp: There is no remote to push to, or fewer GPUs than a cell takes.
     """
     log = get_run_logger()
-    stream(["molf", "check"], log.info)
-    for stage in order(stream(["dvc", "dag", "--dot", "compare"], log.debug)):
-        reproduce(stage)
-    comparison = read_json(ROOT / "reports" / "comparison.json")
-    create_markdown_artifact(
-        key=ARTIFACT, markdown=markdown_table(comparison), description="Which method to use, and how sure that is"
-    )
-    sentence: str = comparison["sentence"]
-    log.info(sentence)
+    home = checkout.home(Path(os.environ.get("MOLF_CHECKOUT", ROOT)))
+    if push:
+        _check_remotes(home)
+    key = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    with (
+        ended_together(),
+        locks.lock(
+            home / FLOW / "locks" / ("checkout" if in_place else f"run-{key}"),
+            lambda: log.info("another run works in this checkout; waits for it"),
+        ),
+    ):
+        place = Place(home, home) if in_place else checkout.run_worktree(home, key)
+        log.info(f"run {key} in {place.root}")
+        sentence = _compare(place, key, _changes(models, tasks, methods, seeds, params), preset, push, promote)
     return sentence
 
 
-if __name__ == "__main__":
+def _compare(place: Place, key: str, changes: Mapping[str, Any], preset: str | None, push: bool, promote: bool) -> str:
+    """All steps of a run, in their order."""
+    log = get_run_logger()
+    logs = place.flow / "logs" / key
+
+    def run(*command: str, quiet: bool = False) -> str:
+        show = log.debug if quiet else log.info
+        return stream(command, place.root, show, place.environment(), logs / "flow.log")
+
+    if preset is not None:
+        run("molf", "preset", preset)
+    if changes:
+        checkout.edit(place.root / PARAMS, changes)
+    run("molf", "check")
+    settings = load_params(place.root / PARAMS)
+    stages = graph.read(place.root, run("dvc", "dag", "--dot", "compare", quiet=True))
+    slots = Slots(place.flow / "slots", tuple(locks.gpus()), settings.flow.cpu_slots)
+    failed = _before(place, stages, logs, slots, settings.flow.retries)
+    done, lacking = _cells(place, key, stages, settings, slots, logs, failed)
+
+    if done:  # brings them from the run cache, and their hashes into dvc.lock
+        run("dvc", "repro", "--single-item", *done)
+    _note_lacking(place.root, {_name(job): reason for job, reason in lacking.items()})
+    for stage in stages.after:
+        run("dvc", "repro", "--single-item", stage)
+    comparison = publish.table(place)
+    run("molf", "track")
+    if promote:
+        try:
+            run("molf", "promote")
+        except CommandFailed as error:
+            if error.code != 1:
+                raise
+    for what, link in publish.artifacts(place, settings.tracking.experiment).items():
+        log.info(f"{what}: {link}")
+    if place.root != place.home:
+        said = publish.message(comparison, {_name(job): reason for job, reason in lacking.items()}, key)
+        commit = publish.commit(place, said)
+        log.info(f"branch molf/{key}: {'nothing changed' if commit is None else commit[:12]}")
+    if push:
+        run("dvc", "push", "--run-cache")
+        if place.root != place.home:
+            publish.push(place, "origin", f"molf/{key}")
+    _tidy(place, settings.flow.keep_runs)
+    log.info(comparison["sentence"])
+    if lacking:
+        raise CellsLack(
+            f"{len(lacking)} of {len(stages.jobs)} cells lack; the others are compared: "
+            + "; ".join(f"{_name(job)}: {reason}" for job, reason in lacking.items())
+        )
+    if place.root != place.home:
+        log.info(f"next: git diff HEAD...molf/{key}, then git merge molf/{key} && dvc checkout")
+    sentence: str = comparison["sentence"]
+    return sentence
+
+
+def _before(place: Place, stages: Graph, logs: Path, slots: Slots, retries: int) -> dict[str, str]:
+    """Brings data and base models up to date; returns the stages that failed or need one that did, with the reason."""
+    log = get_run_logger()
+    failed: dict[str, str] = {}
+    for stage in stages.before:
+        reason = next((failed[name] for name in sorted(stages.needs[stage]) if name in failed), None)
+        if reason is None:
+            waiting = partial(log.info, f"another run is at {stage}; waits for it")
+            with locks.lock(place.flow / "locks" / stage, waiting) as held:
+                done = reproduce.with_options(retries=retries)(
+                    stage, place, logs / f"{stage}.log", slots, 1, [held], {}, return_state=True
+                )
+            if done.is_completed():
+                continue
+            reason = f"{stage} failed: {_reason(done)}"
+        failed[stage] = reason
+    return failed
+
+
+def _cells(
+    place: Place,
+    key: str,
+    stages: Graph,
+    settings: Params,
+    slots: Slots,
+    logs: Path,
+    failed: Mapping[str, str],
+) -> tuple[list[str], dict[Job, str]]:
+    """Runs the cells that are not up to date, as many side by side as there are slots.
+
+    Returns:
+        The stages that are up to date now and were not before, and the cells that failed, with the reason.
+    """
+    log = get_run_logger()
+    lacking: dict[Job, str] = {}
+    stale = []
+    old = _stale(place, stages)
+    for job in stages.jobs:
+        reason = next((failed[name] for name in sorted(_needed(job, stages)) if name in failed), None)
+        if reason is not None:
+            lacking[job] = reason
+        elif not old.isdisjoint(job.stages):
+            stale.append(job)
+    log.info(f"{len(stages.jobs)} cells: {len(stale)} to bring up to date, {slots.count} side by side")
+    if not stale:
+        return [], lacking
+    commit = checkout.snapshot(
+        place.root,
+        git(place.root, "rev-parse", "HEAD"),
+        f"What the cells of flow run {key} are made from",
+        f"refs/molf/{key}",
+    )
+    free = threading.BoundedSemaphore(slots.count)
+    futures: dict[Job, PrefectFuture[None]] = {}
+    for job in stale:
+        free.acquire()
+        futures[job] = cell.submit(
+            job, commit, place.home, logs, slots, _gpus(job, settings), settings.flow.retries, {}
+        )
+        futures[job].add_done_callback(lambda _: free.release())
+    done: list[str] = []
+    for job, future in futures.items():
+        future.wait()
+        if future.state.is_completed():
+            done += job.stages
+        else:
+            lacking[job] = _reason(future.state)
+            log.error(f"{_name(job)} failed: {lacking[job]}")
+    return done, lacking
+
+
+def _stale(place: Place, stages: Graph) -> set[str]:
+    """Stages of cells that DVC would run."""
+    said: list[str] = []
+    environment = place.environment()
+    stream(["dvc", "checkout", "--quiet", "--allow-missing"], place.root, said.append, environment)
+    names = [stage for job in stages.jobs for stage in job.stages]
+    answer = stream(["dvc", "status", "--json", *names], place.root, lambda line: None, environment)
+    return set(json.loads(answer.splitlines()[-1]))
+
+
+def _note_lacking(root: Path, lacking: Mapping[str, str]) -> None:
+    """Tells the comparison which cells lack."""
+    path = root / RESULTS / "lacking.json"
+    if lacking:
+        write_json(path, dict(lacking))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _needed(job: Job, stages: Graph) -> set[str]:
+    return {name for stage in job.stages for name in stages.needs[stage]}
+
+
+def _gpus(job: Job, settings: Params) -> int:
+    """GPUs that a cell takes, by its task's training."""
+    task = next(value for _, key, value in job.narrowed if key == "tasks")
+    return settings.training_for(str(task)).processes
+
+
+def _name(job: Job) -> str:
+    """The cell's name in results/; one without method and seed is the untrained model."""
+    model, task, *rest = job.values
+    method, seed = rest or (BASE_METHOD, 0)
+    return Cell(str(model), str(task), str(method), int(seed)).name
+
+
+def _reason(state: Any) -> str:
+    """Why a task failed, in one line."""
+    error = state.result(raise_on_failure=False)
+    return plain(" ".join(str(error).split()))[:500] or type(error).__name__
+
+
+def _changes(
+    models: Sequence[str] | None,
+    tasks: Sequence[str] | None,
+    methods: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    params: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Keys of params.yaml that the flow's parameters set."""
+    grid = {"models": models, "tasks": tasks, "methods": methods, "seeds": seeds}
+    return {**{f"grid.{name}": list(values) for name, values in grid.items() if values}, **(params or {})}
+
+
+def _check_remotes(home: Path) -> None:
+    """Says before hours of work that their results could not be pushed.
+
+    Raises:
+        NotSetUp: git has no `origin`, or DVC no default remote.
+    """
+    from dvc.config import Config
+
+    lacking = []
+    if "origin" not in git(home, "remote").split():
+        lacking.append("git has no remote `origin`: git remote add origin ADDRESS")
+    if not Config(str(home / ".dvc"))["core"].get("remote"):
+        lacking.append("DVC has no default remote: dvc remote add --default NAME ADDRESS")
+    if lacking:
+        raise NotSetUp("push was asked for, but " + "; ".join(lacking))
+
+
+def _tidy(place: Place, keep: int) -> None:
+    """Marks this run as ended and removes the worktrees of old ones."""
+    if place.root == place.home:
+        return
+    write_text(place.root / SCRATCH / "ended", "")
+    for path in checkout.old_runs(place.home, keep):
+        checkout.remove_worktree(place.home, path)
+
+
+def main() -> None:
+    """Runs the flow from the command line."""
+    parser = argparse.ArgumentParser(description="Run the comparison as a Prefect flow.")
+    parser.add_argument("--preset", help="of `molf preset`, applied first")
+    for axis in ("models", "tasks", "methods"):
+        parser.add_argument(f"--{axis}", nargs="+", help="instead of grid's in params.yaml")
+    parser.add_argument("--seeds", nargs="+", type=int, help="likewise")
+    parser.add_argument("--push", action="store_true", help="send results to DVC's remote and the branch to origin")
+    parser.add_argument("--promote", action="store_true", help="let the best cell that passes the gate be champion")
+    parser.add_argument("--in-place", action="store_true", help="work in this checkout, without a branch and a commit")
     try:
-        compare_methods()
-    except StageFailed as error:
+        compare_methods(**vars(parser.parse_args()))
+    except (CommandFailed, CellsLack, NotSetUp, checkout.GitFailed) as error:
         raise SystemExit(f"failed: {error}") from None
-    print("next: open reports/report.html, or make ui")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the next run goes on from the checkpoints") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -114,6 +114,16 @@ class Tracking(Block):
     experiment: str  # name of the MLflow experiment
 
 
+class Flow(Block):
+    """How a flow runs the grid's cells; changes no result, so a change here re-runs nothing."""
+
+    cpu_slots: Count = 1  # cells that run side by side on a machine without GPUs; with GPUs it is one cell a GPU
+    retries: Annotated[int, Field(ge=0)] = (
+        2  # of a stage that was killed or ran out of memory; other failures are final
+    )
+    keep_runs: Count = 5  # worktrees of ended runs that stay, the newest ones; their branches stay in any case
+
+
 class Params(Block):
     grid: Grid
     models: dict[str, ModelBlock]
@@ -125,6 +135,7 @@ class Params(Block):
     evaluation: Evaluation
     compare: Compare
     tracking: Tracking
+    flow: Flow = Flow()  # a params.yaml of an earlier molf has none
 
     @field_validator("models", "tasks", "methods")
     @classmethod

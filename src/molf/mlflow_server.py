@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import RunError, UserError
-from molf.mlflow_store import uri_of
+from molf.mlflow_store import folder_of, uri_of
 from molf.paths import own_tools
 
 HOST = "127.0.0.1"
@@ -67,7 +67,7 @@ def server_arguments(root: Path) -> list[str]:
     uri = uri_of(root)
     if uri.startswith(("http://", "https://")):
         raise UserError(f"MLFLOW_TRACKING_URI is {uri}: open that address instead")
-    return ["server", "--backend-store-uri", uri, "--artifacts-destination", str((root / "mlartifacts").resolve())]
+    return ["server", "--backend-store-uri", uri, "--artifacts-destination", str(folder_of(uri, root) / "mlartifacts")]
 
 
 def _free(port: int) -> None:

@@ -75,8 +75,8 @@ class Store:
         self._root = root
         uri = uri_of(root)
         # A server chooses the place itself; MLflow freezes it at creation, so that a local one must be given in full.
-        local = None if uri.startswith(("http://", "https://")) else (root / "mlartifacts").resolve().as_uri()
-        with _locked(root):
+        local = None if uri.startswith(("http://", "https://")) else (folder_of(uri, root) / "mlartifacts").as_uri()
+        with _locked(folder_of(uri, root)):
             self.client = MlflowClient(tracking_uri=uri)
             known = self.client.get_experiment_by_name(experiment)
             self.experiment_id: str = (
@@ -116,7 +116,7 @@ class Store:
             run: What run.json holds.
         """
         cell = Cell(**run["cell"])
-        with _locked(self._root):
+        with _locked(folder_of(uri_of(self._root), self._root)):
             found = self.find(kind="cell", fingerprint=run["fingerprint"])
             if found is None:
                 tags = {
@@ -174,7 +174,7 @@ class Store:
 
     def new_parent(self, cell: Cell, old: str) -> "Run":
         """An empty parent in place of one, whose children it takes: a curve that was logged cannot be changed."""
-        with _locked(self._root):
+        with _locked(folder_of(uri_of(self._root), self._root)):
             self.client.delete_run(old)
             found = self.parent(cell)
             where = f"tags.`mlflow.parentRunId` = '{old}'"
@@ -344,6 +344,12 @@ def milliseconds(iso: str) -> int:
 def uri_of(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or the SQLite file in the project folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+
+
+def folder_of(uri: str, root: Path) -> Path:
+    """Where a store's artifacts and its lock lie: beside its SQLite file, else in the project folder."""
+    file = uri.removeprefix("sqlite:///")
+    return (root if file == uri else Path(file).parent).resolve()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from molf import mlflow_cells, mlflow_comparison
 from molf.config import Params
 from molf.errors import RunError
 from molf.mlflow_store import STEP_METRICS, Store, milliseconds, uri_of
-from molf.paths import REPORTS, RESULTS
+from molf.paths import REPORTS, RESULTS, read_json
 
 FLUSH_SECONDS = 3.0  # at the soonest; a slow store is written to less often, see FLUSH_SHARE
 FLUSH_SHARE = 0.01  # of the training's time that writing to MLflow may take
@@ -195,6 +195,24 @@ def address(root: Path, experiment: str) -> str:
     with _guarded("looking for the experiment"):
         store = Store.existing(experiment, root)
         return mlflow_comparison.PAGE.format(experiment=store.experiment_id) if store else ""
+    return ""
+
+
+def comparison_address(reports: Path, experiment: str, root: Path) -> str:
+    """Where MLflow's page shows this comparison's run, without the server's part; empty where the store has none.
+
+    Args:
+        reports: The reports folder, with comparison.json.
+        experiment: Name of the MLflow experiment.
+        root: Project folder.
+    """
+    from molf.config import fingerprint
+
+    with _guarded("looking for the comparison"):
+        store = Store.existing(experiment, root)
+        key = fingerprint(read_json(reports / "comparison.json"))
+        run = store.find(kind="comparison", fingerprint=key) if store else None
+        return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}" if run else ""
     return ""
 
 

@@ -1,0 +1,205 @@
+"""Git worktrees in which a flow works, so that the checkout from which it starts stays as it is.
+
+All share the checkout's DVC cache: what one has made, another's `dvc repro` restores without running it.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from molf.config import PARAMS
+from molf.paths import SCRATCH, own_tools, write_text
+from pipelines.graph import Job
+
+FLOW = SCRATCH / "flow"  # below the checkout: runs/, cells/, locks/, logs/
+LINKS = "reflink,hardlink,symlink,copy"  # how DVC brings a file from the cache into a worktree
+AUTHOR = {"NAME": "molf", "EMAIL": "molf@localhost"}  # of a commit where git knows no user
+
+
+class GitFailed(RuntimeError):
+    """git refused; its message is the reason."""
+
+
+def git(root: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Runs git; returns what it printed.
+
+    Raises:
+        GitFailed: It ended with another exit code than 0.
+    """
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=root,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise GitFailed(f"`git {' '.join(arguments)}` in {root}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with dvc.yaml and params.yaml in which stages run.
+
+    Args:
+        root: The folder, absolute.
+        home: The checkout that a person works in: its cache, its MLflow store, its locks are used.
+    """
+
+    root: Path
+    home: Path
+
+    @property
+    def flow(self) -> Path:
+        return self.home / FLOW
+
+    def environment(self) -> dict[str, str]:
+        """For commands that run here: this folder's molf, the checkout's MLflow."""
+        found = own_tools()
+        found["PYTHONPATH"] = os.pathsep.join([str(self.root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        found.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{self.home / 'mlflow.db'}")
+        return found
+
+
+def home(start: Path) -> Path:
+    """The root of a checkout.
+
+    Raises:
+        GitFailed: It is no git repository, or has no commit yet.
+    """
+    root = Path(git(start, "rev-parse", "--show-toplevel"))
+    git(root, "rev-parse", "--verify", "HEAD")
+    return root
+
+
+def snapshot(root: Path, parent: str, message: str, ref: str) -> str:
+    """Makes a commit of all files as they are, untracked ones that git does not ignore included.
+
+    Neither the index nor the branch changes. The commit stays reachable by `ref`, for results name it.
+
+    Returns:
+        The commit's hash.
+    """
+    index = Path(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index"))
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "index"
+        if index.exists():
+            shutil.copyfile(index, own)
+        environment = {"GIT_INDEX_FILE": str(own)}
+        git(root, "add", "--all", environment=environment)
+        tree = git(root, "write-tree", environment=environment)
+    commit = git(root, "commit-tree", tree, "-p", parent, "-m", message, environment=author(root))
+    git(root, "update-ref", ref, commit)
+    return commit
+
+
+def author(root: Path) -> dict[str, str]:
+    """Environment in which git can commit: the user's name where git knows it."""
+    try:
+        git(root, "var", "GIT_COMMITTER_IDENT")
+        return {}
+    except GitFailed:
+        return {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in AUTHOR.items()}
+
+
+def share_cache(place: Place) -> None:
+    """Lets DVC in a worktree use the checkout's cache, and its local settings: remotes and their credentials."""
+    from dvc.config import Config
+
+    local = place.home / ".dvc" / "config.local"
+    if local.exists():
+        target = place.root / ".dvc" / "config.local"
+        shutil.copyfile(local, target)
+        target.chmod(0o600)
+    cache = Config(str(place.home / ".dvc"))["cache"].get("dir") or place.home / ".dvc" / "cache"
+    with Config(str(place.root / ".dvc"), validate=False).edit("local") as settings:
+        settings.setdefault("cache", {}).update(dir=str(cache), type=LINKS)
+        settings.setdefault("core", {})["autostage"] = True  # or DVC advises at each stage to stage its lock file
+
+
+def run_worktree(checkout: Path, key: str) -> Place:
+    """A worktree on a new branch `molf/KEY`: the checkout's commit with its uncommitted changes."""
+    path = checkout / FLOW / "runs" / key
+    head = git(checkout, "rev-parse", "HEAD")
+    start = snapshot(checkout, head, f"What the flow run {key} started from", f"refs/molf/{key}")
+    git(checkout, "worktree", "prune")
+    git(checkout, "worktree", "add", "--quiet", "-b", f"molf/{key}", str(path), head)
+    git(path, "read-tree", "-u", "--reset", start)
+    place = Place(path, checkout)
+    share_cache(place)
+    return place
+
+
+def cell_worktree(checkout: Path, commit: str, job: Job) -> Place:
+    """A cell's own worktree at a commit, its params.yaml with a grid of this cell alone.
+
+    DVC's time grows with the grid, and so it stays short. What an earlier try has left is used again: its checkpoint.
+    """
+    path = checkout / FLOW / "cells" / job.key
+    if (path / ".git").exists():
+        git(path, "update-index", "--no-skip-worktree", str(PARAMS))
+        git(path, "checkout", "--quiet", "--force", "--detach", commit)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        git(checkout, "worktree", "prune")
+        git(checkout, "worktree", "add", "--quiet", "--force", "--detach", str(path), commit)
+    place = Place(path, checkout)
+    share_cache(place)
+    narrow(path / PARAMS, job)
+    git(path, "update-index", "--skip-worktree", str(PARAMS))  # the cell's records name the commit without a "+"
+    return place
+
+
+def narrow(path: Path, job: Job) -> None:
+    """Leaves a params.yaml the one cell; of a list that the cell does not name, the first value."""
+    edit(path, {f"{block}.{key}": [value] for block, key, value in job.narrowed})
+
+
+def edit(path: Path, changes: Mapping[str, object]) -> None:
+    """Sets keys of a YAML file, given with dots, and keeps its comments.
+
+    Raises:
+        KeyError: A block on the way lacks; its args are the dotted key.
+    """
+    yaml = YAML()
+    yaml.width = 120
+    data = yaml.load(path.read_text(encoding="utf-8"))
+    for dotted, value in changes.items():
+        *blocks, last = dotted.split(".")
+        block = data
+        for name in blocks:
+            if not isinstance(block, dict) or name not in block:
+                raise KeyError(dotted)
+            block = block[name]
+        if not isinstance(block, dict):
+            raise KeyError(dotted)
+        block[last] = value
+    text = StringIO()
+    yaml.dump(data, text)
+    write_text(path, text.getvalue())
+
+
+def remove_worktree(checkout: Path, path: Path) -> None:
+    """Removes a worktree; its branch, if it has one, stays."""
+    with contextlib.suppress(GitFailed):
+        git(checkout, "worktree", "remove", "--force", str(path))
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(GitFailed):
+        git(checkout, "worktree", "prune")
+
+
+def old_runs(checkout: Path, keep: int) -> Iterator[Path]:
+    """Worktrees of runs that have ended, but for the newest."""
+    ended = sorted(path for path in (checkout / FLOW / "runs").glob("*") if (path / SCRATCH / "ended").exists())
+    yield from ended[: max(0, len(ended) - keep)]

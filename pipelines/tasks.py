@@ -1,0 +1,132 @@
+"""Prefect's tasks: one brings a stage up to date, one a cell in a worktree of its own."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from molf.paths import SCRATCH, read_json, write_json
+from pipelines import checkout, locks
+from pipelines.checkout import Place
+from pipelines.commands import CommandFailed, stream
+from pipelines.graph import Job
+
+SPLIT = SCRATCH / "micro_batches"  # of a worktree: what its next try of a training gets as MOLF_MICRO_BATCHES
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many cells a machine runs side by side.
+
+    Args:
+        folder: Where its locks lie.
+        gpus: As CUDA_VISIBLE_DEVICES names them; with any, each is a slot.
+        cpu: Slots of a machine without.
+    """
+
+    folder: Path
+    gpus: tuple[str, ...]
+    cpu: int
+
+    @property
+    def count(self) -> int:
+        return len(self.gpus) or self.cpu
+
+    @contextlib.contextmanager
+    def hold(self, count: int, waiting: Callable[[], object]) -> Iterator[tuple[list[int], dict[str, str]]]:
+        """Waits for `count` GPUs, or a slot without; yields descriptors that hold them, and the environment."""
+        names = self.gpus or tuple(map(str, range(self.cpu)))
+        paths = [self.folder / f"{'gpu' if self.gpus else 'cpu'}-{name}" for name in names]
+        with locks.any_of(paths, count if self.gpus else 1, waiting) as (held, places):
+            if self.gpus:
+                yield held, {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[place] for place in places)}
+            elif self.cpu > 1 and "OMP_NUM_THREADS" not in os.environ:
+                yield held, {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.cpu))}
+            else:
+                yield held, {}
+
+
+def may_pass(_task: object, _run: object, state: Any) -> bool:
+    """Prefect's question whether to try again: only what can pass, a killed stage or one that ran out of memory."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, CommandFailed) and error.may_pass
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE, retry_delay_seconds=1, retry_condition_fn=may_pass)
+def reproduce(
+    stage: str, place: Place, log: Path, slots: Slots, count: int, held: Sequence[int], extra: dict[str, str]
+) -> None:
+    """Brings one stage up to date with `dvc repro -s`; DVC is the cache.
+
+    Args:
+        stage: Its name.
+        place: Where it runs.
+        log: File that gets its lines as well.
+        slots: The machine's.
+        count: GPUs that it takes.
+        held: Locks that must not be free before its last process has ended.
+        extra: Environment beside the place's.
+
+    Raises:
+        CommandFailed: It failed. After want of memory the next try trains in micro-batches of half the size.
+    """
+    logger = get_run_logger()
+    split = place.root / SPLIT
+    environment = {**place.environment(), **extra}
+    if split.exists():
+        environment["MOLF_MICRO_BATCHES"] = str(read_json(split))
+    with slots.hold(count, lambda: logger.info("waits for a free slot")) as (more, pinned):
+        try:
+            stream(
+                ["dvc", "repro", "--single-item", stage],
+                place.root,
+                logger.info,
+                {**environment, **pinned},
+                log,
+                [*held, *more],
+            )
+        except CommandFailed as error:
+            if error.out_of_memory:
+                write_json(split, 2 * int(environment.get("MOLF_MICRO_BATCHES", 1)))
+            raise
+
+
+@task(task_run_name="{job.key}", cache_policy=NO_CACHE)
+def cell(
+    job: Job, commit: str, home: Path, logs: Path, slots: Slots, count: int, retries: int, extra: dict[str, str]
+) -> None:
+    """Brings a cell's stages up to date, one after another, in a worktree of its own that is removed when all are.
+
+    Args:
+        job: The cell.
+        commit: What it is made from.
+        home: The checkout whose cache and locks are used.
+        logs: Folder for each stage's lines.
+        slots: The machine's.
+        count: GPUs that it takes.
+        retries: Of a stage.
+        extra: Environment beside the place's.
+
+    Raises:
+        CommandFailed: A stage failed; the worktree and its checkpoint stay for the next run.
+    """
+    logger = get_run_logger()
+    mine = home / checkout.FLOW / "locks" / job.key
+    with locks.lock(mine, lambda: logger.info("another run is at this cell; waits for it")) as held:
+        place = checkout.cell_worktree(home, commit, job)
+        stream(
+            ["dvc", "checkout", "--quiet", "--with-deps", "--allow-missing", *job.stages],
+            place.root,
+            logger.info,
+            place.environment(),
+            held=[held],
+        )
+        for stage in job.stages:
+            run = reproduce.with_options(retries=retries)
+            run(stage, place, logs / f"{stage}.log", slots, count, [held], extra)
+        checkout.remove_worktree(home, place.root)
