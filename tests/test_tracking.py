@@ -37,16 +37,6 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A SQLite store that is set up already: migrations take seconds, copying takes none."""
-    root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        Store("another", root)
-    return (root / "mlflow.db").read_bytes()
-
-
 @pytest.fixture
 def params(tmp_path: Path, fresh: bytes) -> Params:
     (tmp_path / "mlflow.db").write_bytes(fresh)

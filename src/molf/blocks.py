@@ -396,3 +396,58 @@ class NoText(Block):
 
 
 GeneralBlock = Annotated[GeneratedText | FileText | HubText | NoText, Field(discriminator="kind")]
+
+
+# --- promotion -----------------------------------------------------------------------------------------------------
+
+
+class Gain(Block):
+    """What a model must be better than, in points of the primary score; null asks for nothing."""
+
+    untrained: Fraction | None = 0.0  # the lower bound of the gain over the untrained model must reach it
+    champion: Fraction = 0.0  # the model's own score must exceed the champion's, and by at least so much
+
+
+class CostLimits(Block):
+    """The most that a method may cost; null: no limit."""
+
+    peak_memory_gb: Positive | None = None  # of any of its seeds, 1 GB = 10^9 bytes
+    train_seconds: Positive | None = None  # mean over seeds
+    weights_gb: Positive | None = None  # of the whole weights, or of an adapter alone
+
+
+class Gate(Block):
+    """What a method must show before a model of it may become its task's champion."""
+
+    # Non-inferiority to every other method of its model, at compare.margin.
+    verdict: Literal["holds", "not-fails", "any"] = "not-fails"
+    score: Fraction | None = None  # the lower bound of the primary score's interval must reach it; null: any
+    gain: Gain = Gain()
+    cost: CostLimits = CostLimits()
+    # The upper bound of the rise of the loss on the general text, nats per token, may not exceed it; null: no limit.
+    forgetting: NotNegative | None = None
+
+
+class Promotion(Gate):
+    """When a model becomes its task's champion (docs/promotion.md); shapes no result, so a change re-runs nothing."""
+
+    tasks: dict[str, dict[str, Any]] = {}  # overrides for a task, as {task: {score: 0.5, cost: {weights_gb: 1}}}
+
+    def gate(self, task: str) -> Gate:
+        """The gate with a task's overrides.
+
+        Raises:
+            ValidationError: The overrides do not fit; `check_params` has said so before.
+        """
+        return Gate.model_validate(overlaid(self.model_dump(exclude={"tasks"}), self.tasks.get(task, {})))
+
+
+def overlaid(block: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """A block with the keys of another on top, block by block."""
+    return {
+        **block,
+        **{
+            key: overlaid(block[key], value) if isinstance(block.get(key), dict) and isinstance(value, dict) else value
+            for key, value in top.items()
+        },
+    }

@@ -87,6 +87,14 @@ def run(arguments: Sequence[str]) -> int:
     )
     predict.add_argument("--rows", type=int, metavar="N", help="the first N rows only")
     predict.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: as in evaluation)")
+    promote = commands.add_parser("promote", help="make each task's best model that passes the gate its champion")
+    promote.add_argument("--task", help="one task of the grid (default: all)")
+    promote.add_argument("--dry-run", action="store_true", help="only say what would happen")
+    champion = commands.add_parser("champion", help="say which model is a task's champion, or write it into a folder")
+    champion.add_argument("--task", required=True)
+    champion.add_argument("--previous", action="store_true", help="the one before it")
+    champion.add_argument("--out", type=Path, metavar="FOLDER", help="new or empty: where to write it")
+    champion.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
     commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
     ui = commands.add_parser("ui", help="open MLflow's page")
     ui.add_argument("--port", type=int, default=5000)
@@ -125,6 +133,10 @@ def run(arguments: Sequence[str]) -> int:
             return main(lambda: export_cell(options.cell, options.directory, options.merge, options.force))
         case "predict":
             return main(lambda: predict_file(options))
+        case "promote":
+            return main(lambda: promote_models(options.task, options.dry_run))
+        case "champion":
+            return main(lambda: show_champion(options.task, options.previous, options.out, options.force))
         case "track":
             return main(track)
         case "ui":
@@ -371,6 +383,54 @@ def predict_file(options: argparse.Namespace) -> None:
     counts = predict.predict(asked, options.file, options.out, options.rows, readable)
     if counts is not None:
         print("\n".join(predict.summary(asked, counts, options.out)), file=sys.stderr)
+
+
+def promote_models(task: str | None, dry_run: bool) -> None:
+    """Promotes the best model of each task, or of one, and prints what was looked at.
+
+    Raises:
+        RunError: Of no task anything passed the gate, or a task failed.
+    """
+    params = load_params()
+
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
+    from molf import champions
+    from molf.promotion import Action
+
+    actions, failed = [], []
+    for result in champions.promote(params, [task] if task else params.grid.tasks, dry_run):
+        print("\n".join([*result.lines, ""]), flush=True)
+        actions.append(result.decision.action)
+        if result.decision.action is Action.FAILED:
+            failed.append(f"{result.task}: {result.decision.sentence}")
+    if failed:
+        raise RunError("\n".join(failed))
+    if all(action is Action.NONE for action in actions):
+        raise RunError("nothing passed the gate (`promotion` in params.yaml), which is exit code 1; the table says why")
+    shown = f" --task {task}" if task else ""
+    if dry_run:
+        print(f"next: molf promote{shown}")
+    else:
+        print("next: molf champion --task TASK --out FOLDER; `dvc push`, so that others have the weights too")
+
+
+def show_champion(task: str, previous: bool, out: Path | None, force: bool) -> None:
+    """Prints which model is a task's champion, or the one before, and writes it into a folder if one is given."""
+    params = load_params()
+
+    from molf import models
+
+    models.quiet()  # before the libraries that it quiets are imported
+    from molf import champions
+
+    found = champions.find(params, task, previous)
+    print("\n".join(champions.describe(found, champions.PREVIOUS if previous else champions.CHAMPION)))
+    if out is None:
+        print(f"next: molf champion --task {task}{' --previous' if previous else ''} --out FOLDER")
+    else:
+        print("\n".join(champions.write(found, out, force)))
 
 
 def track() -> None:

@@ -16,11 +16,13 @@ from molf.blocks import (
     Block,
     Count,
     Fraction,
+    Gate,
     GeneralBlock,
     Grid,
     MethodBlock,
     ModelBlock,
     Positive,
+    Promotion,
     Seed,
     TaskBlock,
 )
@@ -134,6 +136,7 @@ class Params(Block):
     checkpoint: Checkpoint
     evaluation: Evaluation
     compare: Compare
+    promotion: Promotion = Promotion()
     tracking: Tracking
     flow: Flow = Flow()  # a params.yaml of an earlier molf has none
 
@@ -210,7 +213,7 @@ def check_params(raw: Any, file: str) -> Params:
     except ValidationError as error:
         problems += [f"{file}: {sentence(problem)}" for problem in error.errors()]
     if isinstance(raw, dict):
-        problems += [f"{file}: {problem}" for problem in cross_checks(raw, Grid.model_fields, Training)]
+        problems += [f"{file}: {problem}" for problem in cross_checks(raw, Grid.model_fields, Training, Gate)]
     if problems or params is None:
         raise UserError(problems)
     return params

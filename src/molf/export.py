@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,44 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 
 
 def export(cell: Cell, directory: Path, params: Params, merge: bool, force: bool) -> list[str]:
-    """Writes a cell's model into a folder, and loads it back from there.
-
-    Nothing appears in `directory` before it was written whole and its logits were held against the cell's own model.
+    """Writes a cell's model into a folder, as `write` does, from the files of this project.
 
     Args:
         cell: A trained and evaluated cell.
         directory: New, empty, or of an earlier export.
         params: Name the licence and the task's options for the card.
+        merge, force: As in `write`.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        UserError, RunError: As `write` does.
+    """
+    if cell.method == BASE_METHOD:
+        raise UserError(f"{cell.name} was not trained: {MODELS / cell.model} is that model, as it came")
+    return write(cards.Made.read(cell, params), directory, merge, force)
+
+
+def write(
+    made: cards.Made,
+    directory: Path,
+    merge: bool,
+    force: bool,
+    root: Path = Path(),
+    beside: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Writes a trained model into a folder, and loads it back from there.
+
+    Nothing appears in `directory` before it was written whole and its logits were held against the cell's own model.
+
+    Args:
+        made: A trained and evaluated cell.
+        directory: New, empty, or of an earlier export.
         merge: Whether an adapter is merged into its base model, so that the folder holds all weights.
         force: Whether an earlier export's files in `directory` are replaced; others stay.
+        root: The folder that holds the cell's weights and its base model, laid out as a project.
+        beside: Texts that are written too, by file name.
 
     Returns:
         What was done, in lines.
@@ -48,11 +77,9 @@ def export(cell: Cell, directory: Path, params: Params, merge: bool, force: bool
     """
     from molf.methods import METHODS
 
-    if cell.method == BASE_METHOD:
-        raise UserError(f"{cell.name} was not trained: {MODELS / cell.model} is that model, as it came")
-    made = cards.Made.read(cell, params)
-    weights = _checked_weights(made)
-    base = _checked_base(made)
+    cell = made.cell
+    weights = _checked_weights(made, root)
+    base = _checked_base(made, root)
     directory = directory.resolve()
     written = _written(directory, force)
     adapter = made.adapter and not merge
@@ -77,6 +104,8 @@ def export(cell: Cell, directory: Path, params: Params, merge: bool, force: bool
             del own
             difference = _compare(expected, _logits(_load(temporary, base, adapter, dtype), ids), dtype)
         write_text(temporary / "README.md", cards.model_card(made, place))
+        for name, text in (beside or {}).items():
+            write_text(temporary / name, text)
         _write_manifest(made, temporary, merge)
         size = models.folder_bytes(temporary)
         _keep(directory, temporary, written)
@@ -102,7 +131,7 @@ def export(cell: Cell, directory: Path, params: Params, merge: bool, force: bool
 # --- what goes in ----------------------------------------------------------------------------------------------------
 
 
-def _checked_weights(made: cards.Made) -> Path:
+def _checked_weights(made: cards.Made, root: Path) -> Path:
     """The folder of the cell's weights, which are those that its training noted."""
     cell = made.cell
     noted = made.summary.get("lineage", {}).get("weights", {}).get("hash")
@@ -111,9 +140,9 @@ def _checked_weights(made: cards.Made) -> Path:
             f"{cell.name}: its training noted no hash of its weights (an earlier molf made it), so that they cannot be "
             "told from others; `dvc repro` makes it anew"
         )
-    if not cell.weights.is_dir():
+    if not (root / cell.weights).is_dir():
         raise UserError(f"{cell.name}: {cell.weights} is not here; `dvc pull {cell.weights}`")
-    weights = models.find_weights(cell.weights)
+    weights = models.find_weights(root / cell.weights)
     found = models.folder_hash(weights)
     if found != noted:
         raise RunError(
@@ -123,9 +152,9 @@ def _checked_weights(made: cards.Made) -> Path:
     return weights
 
 
-def _checked_base(made: cards.Made) -> Path:
+def _checked_base(made: cards.Made, root: Path) -> Path:
     """The folder of the base model, which is the one that was trained; its tokenizer belongs to the cell."""
-    base = MODELS / made.cell.model
+    base = root / MODELS / made.cell.model
     if not base.is_dir():
         raise UserError(f"{made.cell.name}: its base model {base} is not here; `dvc pull {base}`")
     found, noted = models.folder_hash(base), made.run["model"]["hash"]

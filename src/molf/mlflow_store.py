@@ -22,6 +22,7 @@ from molf.paths import BASE_METHOD, Cell
 from molf.report import quality
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 # No telemetry, and an unreachable server is given up within seconds: MLflow's own defaults wait for many minutes.
@@ -67,17 +68,12 @@ class Store:
     """
 
     def __init__(self, experiment: str, root: Path) -> None:
-        from mlflow import MlflowClient
-
-        for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
-            logging.getLogger(name).setLevel(logging.WARNING)
-
         self._root = root
         uri = uri_of(root)
         # A server chooses the place itself; MLflow freezes it at creation, so that a local one must be given in full.
         local = None if uri.startswith(("http://", "https://")) else (folder_of(uri, root) / "mlartifacts").as_uri()
         with _locked(folder_of(uri, root)):
-            self.client = MlflowClient(tracking_uri=uri)
+            self.client = client_of(uri)
             known = self.client.get_experiment_by_name(experiment)
             self.experiment_id: str = (
                 known.experiment_id
@@ -101,13 +97,11 @@ class Store:
     @classmethod
     def existing(cls, experiment: str, root: Path) -> "Store | None":
         """The store if it holds the experiment; unlike the constructor it makes nothing."""
-        from mlflow import MlflowClient
-
         uri = uri_of(root)
         file = uri.removeprefix("sqlite:///")
         if file != uri and not Path(file).is_file():
             return None
-        return cls(experiment, root) if MlflowClient(uri).get_experiment_by_name(experiment) else None
+        return cls(experiment, root) if client_of(uri).get_experiment_by_name(experiment) else None
 
     def open_cell(self, run: Mapping[str, Any]) -> "Run":
         """The cell's run by its fingerprint; if it lacks, a new one below its model/task/method, with params and data.
@@ -275,6 +269,15 @@ class Store:
         for path in paths:
             if path.exists():
                 self.client.log_artifact(run_id, str(path), folder)
+
+
+def client_of(uri: str) -> "MlflowClient":
+    """MLflow's client of a store, which says no more than warnings."""
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
 
 
 def data_source(source: Any, task: str) -> tuple[str, dict[str, Any]]:

@@ -7,13 +7,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 
-def cross_checks(raw: dict[str, Any], axes: Iterable[str], training_block: type[BaseModel]) -> Iterator[str]:
+def cross_checks(
+    raw: dict[str, Any], axes: Iterable[str], training_block: type[BaseModel], gate_block: type[BaseModel]
+) -> Iterator[str]:
     """Problems that no single field shows. Works on raw data, so that they are reported beside the fields' own.
 
     Args:
         raw: params.yaml as plain data.
         axes: Of the grid.
         training_block: Checks `training`, and that with a task's overrides.
+        gate_block: Checks a task's overrides of `promotion`.
     """
     grid = raw.get("grid")
     for axis in ("models", "tasks", "methods"):
@@ -41,6 +44,17 @@ def cross_checks(raw: dict[str, Any], axes: Iterable[str], training_block: type[
             own = problem["loc"][0] in overrides if problem["loc"] else problem["msg"] not in [p["msg"] for p in shared]
             if own:
                 yield sentence(problem, f"tasks.{name}.training")
+    yield from _of_promotion(raw.get("promotion"), tasks, gate_block)
+
+
+def _of_promotion(promotion: Any, tasks: Any, gate_block: type[BaseModel]) -> Iterator[str]:
+    """Problems of a task's overrides of `promotion`, each key of which stands for itself."""
+    overrides = promotion.get("tasks") if isinstance(promotion, dict) else None
+    for name, block in overrides.items() if isinstance(overrides, dict) else ():
+        if isinstance(tasks, dict) and name not in tasks:
+            yield f"promotion.tasks: there is no tasks.{name}; there is {', '.join(map(str, tasks))}"
+        if isinstance(block, dict):
+            yield from (sentence(problem, f"promotion.tasks.{name}") for problem in _of_block(gate_block, block))
 
 
 def _of_block(block: type[BaseModel], raw: Any) -> list[Any]:
