@@ -5,12 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Nothing phones home.
-export DVC_NO_ANALYTICS := 1
-export PREFECT_SERVER_ANALYTICS_ENABLED := false
-export DO_NOT_TRACK := 1
-export MLFLOW_DISABLE_TELEMETRY := true
-export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help install run check test lint acceptance bench gemma ui flow serve clean
 

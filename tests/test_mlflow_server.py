@@ -15,13 +15,14 @@ from molf.errors import RunError, UserError
 
 # In place of `mlflow`: answers after a second, beside a child of its own that would live on.
 SERVER = """#!{python}
-import subprocess, sys, time
+import os, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 child = subprocess.Popen(["sleep", "600"])
 Path("child").write_text(str(child.pid))
 Path("arguments").write_text(" ".join(sys.argv[1:]))
+Path("store").write_text(os.environ["MLFLOW_BACKEND_STORE_URI"])
 {then}
 time.sleep(1)
 
@@ -89,7 +90,8 @@ def test_it_says_where_it_is_when_it_answers_and_ends_whole(
     ]
     assert gone(root) and signal.getsignal(number) == before
     arguments = (root / "arguments").read_text()
-    assert f"sqlite:///{root}/mlflow.db" in arguments and "--workers 1" in arguments
+    assert "--workers 1" in arguments and "sqlite" not in arguments, "all users of a machine can read arguments"
+    assert (root / "store").read_text() == f"sqlite:///{root}/mlflow.db"
 
 
 def test_a_server_that_ends_by_itself_is_a_failed_run(

@@ -525,7 +525,7 @@ def test_unreachable_server(
     assert time.monotonic() - began < 20
     assert printed.count("warning: MLflow") == 2
     with pytest.raises(UserError, match="open that address"):
-        mlflow_server.server_arguments(tmp_path)
+        mlflow_server.server_store(tmp_path)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """`molf`: the pipeline's command line. Each command is short and says what to type next."""
 
 import argparse
+import configparser
+import contextlib
 import importlib.util
 import io
 import json
@@ -12,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from molf import records
+from molf import records, secrets
 from molf.config import PARAMS, SOURCES_LOCK, NewTokens, Params, load_params
 from molf.errors import RunError, UserError, main
 from molf.paths import REPORTS, own_tools
+from molf.problems import CREDENTIAL
 
 
 def entry() -> None:
@@ -197,8 +200,23 @@ def lacking(params: Params) -> None:
             f"{key}: 8bit needs torchao, which is not installed: .venv/bin/pip install '.[eightbit]'; or use float32"
             for key in sorted(coded)
         ]
+    problems += remote_credentials(Path(".dvc/config"))
     if problems:
         raise UserError(problems)
+
+
+def remote_credentials(path: Path) -> list[str]:
+    """Problems with credentials of DVC's remotes in the file that git keeps."""
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    with contextlib.suppress(configparser.Error):  # which DVC itself explains
+        config.read(path, encoding="utf-8")
+    return [
+        f"{path}: {section} {option}: it holds a credential, and this file is committed; take it out, then "
+        f"`dvc remote modify --local NAME {option} VALUE`, or set an environment variable"
+        for section in config.sections()
+        for option, value in config.items(section)
+        if secrets.holds_credential(value) or (secrets.is_secret(option) and value not in ("true", "false"))
+    ]
 
 
 def inspect_file(options: argparse.Namespace) -> None:
@@ -209,6 +227,9 @@ def inspect_file(options: argparse.Namespace) -> None:
     wrong = [split for split, file in others.items() if split not in ("validation", "test") or not file]
     if wrong:
         raise UserError(f"--split-of {wrong[0]}: write validation=FILE or test=FILE")
+    for file in (options.file, *others.values()):
+        if secrets.holds_credential(file):
+            raise UserError(f"{file}: {CREDENTIAL}")
     for name in ("rows", "first"):
         if (given := getattr(options, name)) is not None and given < 1:
             raise UserError(f"--{name} {given}: at least 1")

@@ -28,7 +28,7 @@ from molf.blocks import (
 )
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, Cell
-from molf.problems import cross_checks, sentence
+from molf.problems import credentials, cross_checks, sentence
 
 PARAMS = Path("params.yaml")
 SOURCES_LOCK = Path("sources.lock")
@@ -212,6 +212,7 @@ def check_params(raw: Any, file: str) -> Params:
         params = Params.model_validate(raw)
     except ValidationError as error:
         problems += [f"{file}: {sentence(problem)}" for problem in error.errors()]
+    problems += [f"{file}: {problem}" for problem in credentials(raw)]
     if isinstance(raw, dict):
         problems += [f"{file}: {problem}" for problem in cross_checks(raw, Grid.model_fields, Training, Gate)]
     if problems or params is None:

@@ -1,7 +1,12 @@
 """Errors that a person reads, and the one place where they become exit codes."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from molf.paths import keep_private
+from molf.secrets import concealed
 
 
 class UserError(Exception):
@@ -35,7 +40,7 @@ def plain(text: object) -> str:
 
 
 def _lines(text: object) -> str:
-    return "\n".join(map(plain, str(text).split("\n")))
+    return "\n".join(map(plain, concealed(text).split("\n")))
 
 
 def first_line(error: BaseException) -> str:
@@ -43,8 +48,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _show_defect(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """A traceback without secrets: other libraries' errors tell addresses as they were given."""
+    sys.stderr.write(concealed("".join(traceback.format_exception(kind, error, where))))
+
+
 def main(function: Callable[[], None]) -> int:
     """Runs a command's body and turns the two errors above into a message and an exit code.
+
+    Libraries that it imports report nothing of their users, and no error shows a secret.
 
     Args:
         function: The body; anything that it raises beside these and `OSError` is a defect of ours and keeps its
@@ -53,6 +65,8 @@ def main(function: Callable[[], None]) -> int:
     Returns:
         0, or 2 after a `UserError`, or 1 after a `RunError`, a disk or file that fails, or an interrupt.
     """
+    keep_private()
+    sys.excepthook = _show_defect
     try:
         function()
     except UserError as error:
@@ -65,6 +79,6 @@ def main(function: Callable[[], None]) -> int:
         print(f"failed: {_lines(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        print(f"interrupted: {_lines(error)}" if str(error) else "interrupted", file=sys.stderr)
         return 1
     return 0

@@ -37,13 +37,16 @@ def serve(root: Path, port: int, page: str) -> None:
         UserError: MLFLOW_TRACKING_URI names a server, which has a page of its own; or the port is taken.
         RunError: The server ended by itself.
     """
-    command = ["mlflow", *server_arguments(root), *ARGUMENTS, "--port", str(port)]
+    store = server_store(root)
+    artifacts = ["--artifacts-destination", str(folder_of(store, root) / "mlartifacts")]
+    command = ["mlflow", "server", *artifacts, *ARGUMENTS, "--port", str(port)]
     _free(port)
     print("MLflow's page is starting ...", flush=True)
     with _interruptible():
         # In a session of its own: whoever ends it ends all its processes, whatever a terminal sends them.
         # What it says goes to the errors: this program's own output is where the page is.
-        environment = {**own_tools(), **ENVIRONMENT}
+        # The store's address is no argument: every user of the machine can read those, and it may hold a password.
+        environment = {**own_tools(), **ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": store}
         server = subprocess.Popen(command, env=environment, stdout=2, start_new_session=True)
         try:
             while server.poll() is None and not _answers(port):
@@ -58,8 +61,8 @@ def serve(root: Path, port: int, page: str) -> None:
     raise RunError(f"MLflow's server ended by itself, with exit code {code}; what it printed above says why")
 
 
-def server_arguments(root: Path) -> list[str]:
-    """Arguments of the `mlflow` command that serves the store's page.
+def server_store(root: Path) -> str:
+    """Address of the store whose page is served.
 
     Raises:
         UserError: MLFLOW_TRACKING_URI names a server, which has a page of its own.
@@ -67,7 +70,7 @@ def server_arguments(root: Path) -> list[str]:
     uri = uri_of(root)
     if uri.startswith(("http://", "https://")):
         raise UserError(f"MLFLOW_TRACKING_URI is {uri}: open that address instead")
-    return ["server", "--backend-store-uri", uri, "--artifacts-destination", str(folder_of(uri, root) / "mlartifacts")]
+    return uri
 
 
 def _free(port: int) -> None:

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf.errors import RunError
-from molf.paths import BASE_METHOD, Cell
+from molf.paths import BASE_METHOD, Cell, keep_private
 from molf.report import quality
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# No telemetry, and an unreachable server is given up within seconds: MLflow's own defaults wait for many minutes.
+keep_private()  # whoever imports this, also without a command of ours
+# An unreachable server is given up within seconds: MLflow's own defaults wait for many minutes.
 for _key, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf.errors import UserError, first_line
-from molf.paths import file_hash, read_json
+from molf.paths import file_hash, keep_private, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -131,8 +131,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def quiet() -> None:
     """Offline and without telemetry, and the libraries' own chatter off: what a stage prints is ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
+    keep_private()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         from tqdm import tqdm

@@ -27,6 +27,16 @@ TRAINER = SCRATCH / "trainer"
 UNKEPT = SCRATCH / WEIGHTS  # weights that `training.keep` does not let stay
 OUTPUTS = (RAW, PREPARED, CARDS, GENERAL, MODELS, WEIGHTS, RESULTS, REPORTS, SCRATCH)  # what stages empty and fill
 
+# Nothing reports of its users, nor asks whether there is a newer version of it: of Prefect and MLflow, of DVC, of the
+# Hugging Face libraries. Prefect takes any truth for DO_NOT_TRACK, MLflow this one.
+PRIVATE = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
 # The untrained model is scored like a method, so that every table has a zero row.
 BASE_METHOD = "base"
 
@@ -90,7 +100,13 @@ def remove_leftovers(but: Cell | None = None, root: Path = Path()) -> None:
 
 def own_tools() -> dict[str, str]:
     """The environment in which `dvc` and `mlflow` are those installed beside this program, activated or not."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return {**PRIVATE, **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def keep_private() -> None:
+    """Keeps libraries that are imported afterwards from reporting of their users; what is set already stays."""
+    for key, value in PRIVATE.items():
+        os.environ.setdefault(key, value)
 
 
 def atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,6 +6,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from molf.secrets import concealed, holds_credential
+
+CREDENTIAL = (
+    "it holds a credential, and what stands here is committed, recorded and shown; take it out and set an environment "
+    'variable instead, such as AWS_SECRET_ACCESS_KEY, HF_TOKEN or FSSPEC_HTTPS (docs/orchestration.md, "Secrets")'
+)
+
 
 def cross_checks(
     raw: dict[str, Any], axes: Iterable[str], training_block: type[BaseModel], gate_block: type[BaseModel]
@@ -57,6 +64,25 @@ def _of_promotion(promotion: Any, tasks: Any, gate_block: type[BaseModel]) -> It
             yield from (sentence(problem, f"promotion.tasks.{name}") for problem in _of_block(gate_block, block))
 
 
+def credentials(value: Any, key: str = "") -> Iterator[str]:
+    """Problems with values that hold a password or a token; none of them shows it.
+
+    Args:
+        value: params.yaml, or a part of it, as plain data.
+        key: Of that part.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if holds_credential(str(name)):
+                yield f"{key or '(top level)'}: {CREDENTIAL}"
+            yield from credentials(item, f"{key}.{concealed(name)}" if key else concealed(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from credentials(item, key)
+    elif isinstance(value, str) and holds_credential(value):
+        yield f"{key}: {concealed(value)}: {CREDENTIAL}"
+
+
 def _of_block(block: type[BaseModel], raw: Any) -> list[Any]:
     try:
         block.model_validate(raw)
@@ -67,7 +93,8 @@ def _of_block(block: type[BaseModel], raw: Any) -> list[Any]:
 
 def sentence(problem: Any, prefix: str = "") -> str:
     """One of pydantic's errors as `key: what was given, what is allowed`."""
-    key = ".".join(([prefix] if prefix else []) + _keys([str(part) for part in problem["loc"]])) or "(top level)"
+    parts = ([prefix] if prefix else []) + _keys([str(part) for part in problem["loc"]])
+    key = concealed(".".join(parts)) or "(top level)"
     context, message = problem.get("ctx", {}), problem["msg"]
     match problem["type"]:
         case "extra_forbidden":
@@ -81,7 +108,7 @@ def sentence(problem: Any, prefix: str = "") -> str:
         case "value_error":
             return f"{key}: {context['error']}"
         case _:
-            shown = repr(problem.get("input"))
+            shown = concealed(repr(problem.get("input")))
             return f"{key}: {shown if len(shown) <= 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
 
 

@@ -16,6 +16,7 @@ from molf.config import Params
 from molf.errors import RunError
 from molf.mlflow_store import STEP_METRICS, Store, milliseconds, uri_of
 from molf.paths import REPORTS, RESULTS, read_json
+from molf.secrets import concealed
 
 FLUSH_SECONDS = 3.0  # at the soonest; a slow store is written to less often, see FLUSH_SHARE
 FLUSH_SHARE = 0.01  # of the training's time that writing to MLflow may take
@@ -186,7 +187,7 @@ def track(root: Path, params: Params) -> dict[str, int]:
         if (root / REPORTS / "comparison.json").exists():
             counts["comparisons"] += mlflow_comparison.sync(store, root / REPORTS, root)
     except Exception as error:
-        raise RunError(f"MLflow ({uri_of(root)}): {_first_line(error)}") from error
+        raise RunError(f"MLflow ({concealed(uri_of(root))}): {_first_line(error)}") from error
     return counts
 
 
@@ -231,7 +232,7 @@ def find_run(fingerprint: str, experiment: str, root: Path = Path()) -> str | No
         store = Store.existing(experiment, root)
         found = store.find(kind="cell", fingerprint=fingerprint) if store else None
     except Exception as error:
-        raise RunError(f"MLflow ({uri_of(root)}): {_first_line(error)}") from error
+        raise RunError(f"MLflow ({concealed(uri_of(root))}): {_first_line(error)}") from error
     return found.info.run_id if found else None
 
 
@@ -248,5 +249,5 @@ def _guarded(what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
+    text = concealed(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
