@@ -31,10 +31,9 @@ def leaks(folder: Path) -> list[str]:
             said = subprocess.run(objects, cwd=path, check=True, capture_output=True).stdout
             if MARK.encode() in said:
                 found.add(f"{path.parent.relative_to(folder)}: git's objects")
-        elif path.is_file():
-            table = path.suffix == ".parquet"
-            if MARK in (
-                pd.read_parquet(path).to_json(default_handler=str) if table else path.read_text(errors="replace")
-            ):
+        elif path.suffix == ".parquet":
+            if MARK in pd.read_parquet(path).to_json(default_handler=str):
                 found.add(name)
+        elif path.is_file() and MARK.encode() in path.read_bytes():
+            found.add(name)
     return sorted(found)
