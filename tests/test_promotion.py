@@ -129,7 +129,7 @@ def test_lacking_cells_fail_what_needs_them() -> None:
     lora = of["groups"][0]["methods"][1]
     del lora["per_seed"][1]
     found = looked_at(of)
-    assert found["fft"].failed == ("verdict: the comparison lacks molf, which it must be held against",)
+    assert found["fft"].failed == ("verdict: the comparison lacks cells of molf, which it must be held against",)
     assert found["fft"].verdict is None
     assert found["lora"].failed[0] == "the comparison lacks seed 1 of it"
     found = looked_at(of, verdict="any")

@@ -304,7 +304,7 @@ def compare_with(revision: str | None, as_json: bool) -> None:
     """Compares the results here with those of a git revision.
 
     Raises:
-        RunError: A score fell.
+        RunError: A score fell, or a cell that had one lacks.
     """
     if revision is None:
         raise UserError(
@@ -322,6 +322,11 @@ def compare_with(revision: str | None, as_json: bool) -> None:
         raise RunError(
             f"{', '.join(result['fell'])} fell beyond the interval, which is exit code 1; {said}\n"
             f"next: git diff {revision} -- params.yaml src; molf predict CELL FILE shows answers"
+        )
+    if result["lacking"]:
+        raise RunError(
+            f"{', '.join(result['lacking'])}: scored at {revision} and lacking here, so that nobody can say that no "
+            f"score fell, which is exit code 1; {said}\nnext: dvc repro compare, which tries them again"
         )
     if not as_json:
         print(f"no score fell beyond its interval, which is exit code 0; {said}")

@@ -87,7 +87,8 @@ def against(root: Path, revision: str, params: Params) -> dict[str, Any]:
         params: Their `compare` says how; what they say else than the results here is noted.
 
     Returns:
-        {from, to, confidence, rows, only_then, only_now, notes, fell}; of rows see `judge`.
+        {from, to, confidence, rows, only_then, only_now, notes, fell, lacking}; of rows see `judge`; lacking: cells
+        that had a score then and failed now.
 
     Raises:
         UserError: There is no such revision, or no comparison then or now; files of it cannot be had here; no method is
@@ -120,7 +121,9 @@ def against(root: Path, revision: str, params: Params) -> dict[str, Any]:
             f"{row['model']}/{row['task']}/{row['method']} cannot be judged: {row['note']}" for row in result["rows"]
         ]
         raise UserError([*told, f"no score of {before.name} can be held against one here"])
-    return {**result, "notes": _stale(params, comparisons[1])}
+    had = {Cell(*key, seed).name for key, (_, method) in then.items() for seed in _seeds(method)}
+    lacking = [of["cell"] for of in comparisons[1].get("lacking_cells", []) if of["cell"] in had]
+    return {**result, "lacking": lacking, "notes": _stale(params, comparisons[1])}
 
 
 def _seeds(method: Mapping[str, Any]) -> list[int]:
@@ -180,6 +183,7 @@ def _comparison(version: Revision | WorkingTree) -> Any:
             _ = [group[key] for key in ("task_kind", "primary_name", "examples")]
             _ = [method[key] for key in ("mean", "low", "high", *COSTS)]
             _ = [(one["seed"], one["evaluation_fingerprint"]) for one in method["per_seed"]]
+        _ = [of["cell"] for of in found.get("lacking_cells", [])]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{COMPARISON} of {version.name} lacks {first_line(error)}: an earlier molf wrote it, or it was edited; "
@@ -401,6 +405,8 @@ def table(result: Mapping[str, Any]) -> str:
     for name, when in (("only_then", result["from"]), ("only_now", result["to"])):
         if result[name]:
             lines.append(f"only in {when}, not judged: {', '.join(result[name])}")
+    if result.get("lacking"):
+        lines.append(f"lacking in {result['to']}, not judged: {', '.join(result['lacking'])}")
     lines += [f"note: {note}" for note in result.get("notes", [])]
     return "\n".join(map(plain, lines))
 

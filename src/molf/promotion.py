@@ -162,7 +162,9 @@ def _candidate(
     chosen = min(seeds, key=lambda seed: (round(abs(seed["score"] - mean), 9), seed["seed"]))
     interval = Interval(method["mean"], method["low"], method["high"])
     versus = {d["versus"]: d for d in group["differences"] if d["method"] == method["method"]}
-    lacking = [name for name in grid["methods"] if name != method["method"] and name not in versus]
+    short = {of["method"] for of in group.get("lacking", [])}  # differences to these are not over all seeds
+    others = [name for name in grid["methods"] if name != method["method"]]
+    lacking = [name for name in others if name not in versus or name in short]
     verdict = None
     if not lacking:
         intervals = [Interval(d["mean"], d["low"], d["high"]) for d in versus.values()]
@@ -185,7 +187,7 @@ def _verdict(
     if gate.verdict == "any":
         return []
     if verdict is None:
-        return [f"verdict: the comparison lacks {listed(lacking)}, which it must be held against"]
+        return [f"verdict: the comparison lacks cells of {listed(lacking)}, which it must be held against"]
     if verdict is Outcome.FAILS:
         worse = [f"{signed(d)} against {d['versus']}" for d in differences if d["high"] < -margin]
         return [f"verdict: worse by more than {margin:g} ({', '.join(worse)})"]

@@ -1,7 +1,7 @@
 """From the grid's results to the numbers of the report."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from molf.config import Compare, Params
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, Cell
 from molf.report import statistics
+from molf.report.lacking import Lack
 from molf.report.results import PAPER_SCORES, Loaded, load, provenance
-from molf.report.statistics import Combine, Scores
+from molf.report.statistics import Combine, Interval, Scores
 from molf.report.verdicts import REFERENCE_KINDS, listed, paper_sentence, recommendation, sentence, verdicts
 from molf.tasks import TASKS
 
@@ -33,21 +34,27 @@ def build(params: Params, root: Path) -> dict[str, Any]:
         root: Project folder.
 
     Raises:
-        UserError: Every cell that lacks, that another configuration made, or that does not fit its neighbours.
+        UserError: Every cell that lacks and is not said to (`report.lacking`), that another configuration made, or that
+            does not fit its neighbours.
     """
-    loaded, bases = load(params, root)
-    groups = [_group(params, model, task, loaded, base) for (model, task), base in bases.items()]
+    loaded, bases, absent = load(params, root)
+    lacking = [_lack(params, cell, lack) for cell, lack in absent.items()]
+    groups = [
+        _group(params, model, task, loaded, base, [of for of in lacking if (of["model"], of["task"]) == (model, task)])
+        for (model, task), base in bases.items()
+    ]
     tests = [test for group in groups for test in group["tests"]]
     for test, p_holm in zip(tests, statistics.holm([test["p"] for test in tests]), strict=True):
         test["p_holm"] = p_holm
     hardware = {found["run"]["hardware"]["fingerprint"]: found["run"]["hardware"] for found in loaded.values()}
     comparison: dict[str, Any] = {
         **params.compare.model_dump(mode="json"),
-        "interval": str(statistics.label(len(params.grid.seeds))),
+        "interval": _interval_label(groups),
         "grid": params.grid.model_dump(mode="json"),
         "generated": any(group["generated"] for group in groups),
         "hardware": list(hardware.values()),
         "costs_comparable": len(hardware) == 1 and all(group["costs_comparable"] for group in groups),
+        "lacking_cells": lacking,
         "groups": groups,
         "data": {
             cell.task: {**found["run"]["data"], "license": params.tasks[cell.task].license}
@@ -56,6 +63,20 @@ def build(params: Params, root: Path) -> dict[str, Any]:
         "cells": [provenance(cell, found) for cell, found in loaded.items()],
     }
     return {"sentence": sentence(comparison), **comparison}
+
+
+def _lack(params: Params, cell: Cell, lack: Lack) -> dict[str, Any]:
+    """A cell that lacks, as comparison.json has it."""
+    kind = BASE_METHOD if cell.method == BASE_METHOD else params.methods[cell.method].kind
+    return {"cell": cell.name, **vars(cell), "method_kind": kind, "kind": str(lack.kind), "reason": lack.reason}
+
+
+def _interval_label(groups: Iterable[Mapping[str, Any]]) -> str:
+    """What the intervals take as random, most first; those with fewer seeds than the others take less."""
+    counts = {len(m["per_seed"]) for group in groups for m in group["methods"]}
+    counts |= {len(d["seeds"]) for group in groups for d in group["differences"]}
+    most, *fewer = dict.fromkeys(str(statistics.label(count)) for count in sorted(counts, reverse=True))
+    return most + (f", but {' or '.join(fewer)} where seeds lack" if fewer else "")
 
 
 def flat(comparison: Mapping[str, Any]) -> pd.DataFrame:
@@ -78,6 +99,7 @@ def flat(comparison: Mapping[str, Any]) -> pd.DataFrame:
         for method in group["methods"]:
             row = {**place, **{key: method[key] for key in method if key not in NESTED}}
             row["seeds"] = len(method["per_seed"])
+            row["seeds_lacking"] = sum(of["method"] == method["method"] for of in group["lacking"])
             row["paper_score"] = paper.get(method["method"])
             share = method["routing_share"]
             row["routing_share_first"] = next(iter(share.values())) if share else None
@@ -93,6 +115,15 @@ def flat(comparison: Mapping[str, Any]) -> pd.DataFrame:
             row["costs_comparable"] = group["costs_comparable"]
             row["recommended"] = group["recommendation"]["method"] == method["method"]
             rows.append(row)
+    there = {(row["model"], row["task"], row["method"]) for row in rows}
+    for of in comparison["lacking_cells"]:  # a method of which nothing is there has a row without numbers
+        place = {key: of[key] for key in ("model", "task", "method")}
+        if tuple(place.values()) not in there:
+            there.add(tuple(place.values()))
+            seeds = sum(
+                all(other[key] == value for key, value in place.items()) for other in comparison["lacking_cells"]
+            )
+            rows.append({**place, "kind": of["method_kind"], "seeds": 0, "seeds_lacking": seeds})
     return pd.DataFrame(rows)
 
 
@@ -102,17 +133,73 @@ def difference(group: Mapping[str, Any], method: str, versus: str) -> Mapping[st
     return next(found, None)
 
 
-def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Loaded], base: Loaded) -> dict[str, Any]:
+class _Rows:
+    """Scores of rows of cells, of which some may lack seeds: each number is over the seeds that all it is of have.
+
+    Args:
+        rows: A row a method, its cells by seed; equal seeds stand in equal order.
+        scores: Makes the scores of rows that all have the same seeds.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[int, Loaded]], scores: Callable[[Sequence[Sequence[Loaded]]], Scores]):
+        self.rows, self._make = rows, scores
+        self._made: dict[tuple[int, ...], tuple[Scores, list[int]]] = {}
+
+    def seeds(self, *rows: int) -> tuple[int, ...]:
+        """Those that each of the rows has."""
+        first, *others = (self.rows[row] for row in rows)
+        return tuple(seed for seed in first if all(seed in other for other in others))
+
+    def _at(self, *rows: int) -> tuple[Scores, list[int]]:
+        """Scores over the rows' common seeds, and where the rows are among them."""
+        seeds = self.seeds(*rows)
+        if seeds not in self._made:
+            whole = [i for i, row in enumerate(self.rows) if all(seed in row for seed in seeds)]
+            self._made[seeds] = self._make([[self.rows[i][seed] for seed in seeds] for i in whole]), whole
+        scores, whole = self._made[seeds]
+        return scores, [whole.index(row) for row in rows]
+
+    def interval(self, row: int) -> Interval:
+        scores, [at] = self._at(row)
+        return scores.interval(at)
+
+    def difference(self, row: int, versus: int) -> Interval:
+        scores, [one, other] = self._at(row, versus)
+        return scores.difference(one, other)
+
+    def needed(self, row: int, versus: int, margin: float) -> tuple[int | None, int | None]:
+        scores, [one, other] = self._at(row, versus)
+        return scores.needed(one, other, margin)
+
+    def by_seed(self, row: int) -> list[float]:
+        """A row's score of each of its seeds."""
+        scores, [at] = self._at(row)
+        return [float(score) for score in scores.by_seed[at]]
+
+
+def _group(
+    params: Params,
+    model: str,
+    task: str,
+    loaded: Mapping[Cell, Loaded],
+    base: Loaded,
+    lacking: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """One model and task: every method's numbers, their differences and the verdicts."""
-    compare, methods, seeds = params.compare, params.grid.methods, params.grid.seeds
-    cells = {method: [loaded[Cell(model, task, method, seed)] for seed in seeds] for method in methods}
+    compare, seeds = params.compare, params.grid.seeds
+    there = {
+        method: {seed: loaded[cell] for seed in seeds if (cell := Cell(model, task, method, seed)) in loaded}
+        for method in params.grid.methods
+    }
+    by_seed = {method: row for method, row in there.items() if row}
+    methods, cells = list(by_seed), {method: list(row.values()) for method, row in by_seed.items()}
     every = [found for found_of in cells.values() for found in found_of]
     kinds = {method: params.methods[method].kind for method in methods}
     scorer = TASKS[params.tasks[task].kind]
     # The untrained model has one seed, which stands beside each of the others'.
-    rows = [*cells.values(), [base] * len(seeds)]
-    scores = _scores(rows, list(scorer.COMPONENTS), scorer.combine, compare)
-    _agree(scores.by_seed, [[found["metrics"] for found in row] for row in rows])
+    rows = [*by_seed.values(), dict.fromkeys(seeds, base)]
+    scores = _Rows(rows, lambda of: _scores(of, list(scorer.COMPONENTS), scorer.combine, compare))
+    _agree([scores.by_seed(i) for i in range(len(rows))], [[f["metrics"] for f in row.values()] for row in rows])
     general = _general_changes(rows, compare)
     differences = _differences(scores, kinds, compare)
     tabled = [
@@ -121,7 +208,7 @@ def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Loaded],
             "kind": kinds[method],
             **vars(scores.interval(i)),
             "over_base": vars(scores.difference(i, len(methods))),
-            **_method(cells[method], seeds),
+            **_method(by_seed[method], seeds),
             "general": general[i],
         }
         for i, method in enumerate(methods)
@@ -146,9 +233,10 @@ def _group(params: Params, model: str, task: str, loaded: Mapping[Cell, Loaded],
             "fingerprint": base["metrics"]["fingerprint"],
             "general": {"loss": base["metrics"]["general"]["loss"]} if base["metrics"].get("general") else None,
         },
+        "lacking": list(lacking),
         "methods": tabled,
         "differences": differences,
-        "tests": _tests(cells, seeds, scorer.BINARY),
+        "tests": _tests(by_seed, scorer.BINARY),
         "costs_comparable": why is None,
         "why_not_comparable": why,
         "pareto": None if why else {cost: _front(tabled, cost) for cost in COSTS},
@@ -167,12 +255,12 @@ def _scores(rows: Sequence[Sequence[Loaded]], names: Sequence[str], combine: Com
     return Scores(values, names, combine, confidence=compare.confidence, resamples=compare.bootstrap, seed=compare.seed)
 
 
-def _differences(scores: Scores, kinds: Mapping[str, str], compare: Compare) -> list[dict[str, Any]]:
-    """Every ordered pair of methods: the difference, and what would decide one that is undecided."""
+def _differences(scores: _Rows, kinds: Mapping[str, str], compare: Compare) -> list[dict[str, Any]]:
+    """Every ordered pair of methods with a seed in common: the difference, and what would decide an undecided one."""
     found = []
     for i, method in enumerate(kinds):
         for j, versus in enumerate(kinds):
-            if i == j:
+            if i == j or not scores.seeds(i, j):
                 continue
             interval = scores.difference(i, j)
             seeds, examples = scores.needed(i, j, compare.margin)
@@ -182,6 +270,7 @@ def _differences(scores: Scores, kinds: Mapping[str, str], compare: Compare) -> 
                     "versus": versus,
                     "kind_versus": kinds[versus],
                     **vars(interval),
+                    "seeds": list(scores.seeds(i, j)),
                     "seeds_needed": seeds,
                     "examples_needed": examples,
                 }
@@ -191,15 +280,15 @@ def _differences(scores: Scores, kinds: Mapping[str, str], compare: Compare) -> 
 
 def _paper(
     group: Mapping[str, Any],
-    rows: Sequence[Sequence[Loaded]],
+    rows: Sequence[Mapping[int, Loaded]],
     metric: str | None,
     kinds: Mapping[str, str],
     compare: Compare,
 ) -> dict[str, Any] | None:
     """The verdicts on the score that the paper reports for the task; None where it reports none."""
-    if metric is None or any(metric not in found["predictions"] for row in rows for found in row):
+    if metric is None or any(metric not in found["predictions"] for row in rows for found in row.values()):
         return None
-    scores = _scores(rows, [metric], lambda means: means[metric], compare)
+    scores = _Rows(rows, lambda of: _scores(of, [metric], lambda means: means[metric], compare))
     found = {
         "metric": metric,
         "methods": [
@@ -209,41 +298,41 @@ def _paper(
         "differences": _differences(scores, kinds, compare),
     }
     of = {**group, "methods": found["methods"][:-1], "differences": found["differences"]}
-    judged = verdicts(of, compare.margin, len(rows[0]))
+    judged = verdicts(of, compare.margin, len(rows[-1]))
     return {**found, "verdicts": judged, "sentence": paper_sentence(metric, of, judged)}
 
 
-def _general_changes(rows: Sequence[Sequence[Loaded]], compare: Compare) -> list[dict[str, Any] | None]:
+def _general_changes(rows: Sequence[Mapping[int, Loaded]], compare: Compare) -> list[dict[str, Any] | None]:
     """For each method how its loss on general text differs from the untrained model's, the last of the rows.
 
     In nats per token, positive where it got worse; texts are random, and seeds where there are several.
     """
-    if any(found["general"] is None or not found["metrics"].get("general") for row in rows for found in row):
+    if any(found["general"] is None or not found["metrics"].get("general") for row in rows for found in row.values()):
         return [None] * (len(rows) - 1)
-    values = np.stack(
-        [np.stack([found["general"][["nll", "tokens"]].to_numpy(float) for found in row]) for row in rows]
-    )
-    scores = Scores(
-        values,
-        ["nll", "tokens"],
-        lambda means: means["nll"] / means["tokens"],
-        confidence=compare.confidence,
-        resamples=compare.bootstrap,
-        seed=compare.seed,
-        span=None,
-    )
-    base = len(rows) - 1
-    return [{"loss": float(scores.by_seed[i].mean()), **vars(scores.difference(i, base))} for i in range(base)]
+
+    def scores(of: Sequence[Sequence[Loaded]]) -> Scores:
+        return Scores(
+            np.stack([np.stack([found["general"][["nll", "tokens"]].to_numpy(float) for found in row]) for row in of]),
+            ["nll", "tokens"],
+            lambda means: means["nll"] / means["tokens"],
+            confidence=compare.confidence,
+            resamples=compare.bootstrap,
+            seed=compare.seed,
+            span=None,
+        )
+
+    known, base = _Rows(rows, scores), len(rows) - 1
+    return [{"loss": float(np.mean(known.by_seed(i))), **vars(known.difference(i, base))} for i in range(base)]
 
 
-def _tests(cells: Mapping[str, Sequence[Loaded]], seeds: Sequence[int], metric: str | None) -> list[dict[str, Any]]:
+def _tests(cells: Mapping[str, Mapping[int, Loaded]], metric: str | None) -> list[dict[str, Any]]:
     """McNemar's exact test of every pair of methods under each seed; `p_holm` waits for the other groups'."""
     if metric is None:
         return []
     found = []
     for method, versus in combinations(cells, 2):
-        for seed, one, other in zip(seeds, cells[method], cells[versus], strict=True):
-            first, second = (f["predictions"][metric].to_numpy(float) for f in (one, other))
+        for seed in (seed for seed in cells[method] if seed in cells[versus]):
+            first, second = (cells[name][seed]["predictions"][metric].to_numpy(float) for name in (method, versus))
             only_method, only_versus, p = statistics.mcnemar(first, second)
             found.append(
                 {
@@ -285,8 +374,9 @@ def _front(methods: Sequence[Mapping[str, Any]], cost: str) -> list[str]:
     return [methods[i]["method"] for i in found]
 
 
-def _method(cells: Sequence[Loaded], seeds: Sequence[int]) -> dict[str, Any]:
-    """A method's cells as one: means over seeds, the peak over seeds."""
+def _method(by_seed: Mapping[int, Loaded], seeds: Sequence[int]) -> dict[str, Any]:
+    """A method's cells as one: means over the seeds that are there, of all those of the grid; the peak over them."""
+    cells = list(by_seed.values())
     summaries = [found["summary"] for found in cells]
     first = summaries[0]
     metrics = pd.DataFrame([_finite(found["metrics"]["metrics"]) for found in cells]).mean().to_dict()
@@ -308,7 +398,7 @@ def _method(cells: Sequence[Loaded], seeds: Sequence[int]) -> dict[str, Any]:
                 "train_seconds": found["summary"]["train_seconds"],
                 "evaluation_seconds": found["metrics"]["seconds"],
             }
-            for seed, found in zip(seeds, cells, strict=True)
+            for seed, found in by_seed.items()
         ],
         "metrics": metrics,
         "errors": _errors(cells),
@@ -329,9 +419,25 @@ def _method(cells: Sequence[Loaded], seeds: Sequence[int]) -> dict[str, Any]:
         "routing_share": share,
         "one_sided": any(r["one_sided"] for r in routed),
         "warnings": list(
-            dict.fromkeys([*(text for s in summaries for text in s["warnings"]), *_constant_answers(cells)])
+            dict.fromkeys(
+                [
+                    *_lacking_seeds(by_seed, seeds),
+                    *(text for s in summaries for text in s["warnings"]),
+                    *_constant_answers(cells),
+                ]
+            )
         ),
     }
+
+
+def _lacking_seeds(there: Iterable[int], seeds: Sequence[int]) -> Iterable[str]:
+    known = list(there)
+    if len(known) < len(seeds):
+        yield (
+            f"of seeds {listed(list(map(str, seeds)))} only {listed(list(map(str, known)))} "
+            f"{'is' if len(known) == 1 else 'are'} there: its numbers are over what is there, a difference of two "
+            "methods over the seeds that both have"
+        )
 
 
 def _errors(cells: Sequence[Loaded]) -> dict[str, float]:
@@ -362,11 +468,11 @@ def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean([value for value in values if value is not None]))
 
 
-def _agree(scores: np.ndarray, metrics: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Holds scores recomputed from predictions (methods x seeds) against those in metrics.json."""
+def _agree(scores: Sequence[Sequence[float]], metrics: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Holds scores recomputed from predictions, of each method and seed, against those in metrics.json."""
     problems = {
         f"{Cell(**m['cell']).name}: metrics.json says {m['primary']}, predictions.parquet gives {score}": None
-        for of_seeds, row in zip(scores.tolist(), metrics, strict=True)
+        for of_seeds, row in zip(scores, metrics, strict=True)
         for score, m in zip(of_seeds, row, strict=True)
         if not abs(score - m["primary"]) <= TOLERANCE  # a NaN is a problem too
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from molf.errors import plain
 from molf.paths import Cell
 from molf.report import markdown, quality, sheets
 from molf.report.examples import as_json
@@ -84,6 +85,7 @@ def render(
         unlike=list(dict.fromkeys(g["why_not_comparable"] for g in comparison["groups"] if g["why_not_comparable"]))[
             :1
         ],
+        lacking=lacking(comparison),
         glance=sheets.glance(comparison),
         overview=[f for f in drawn if _place(f) == ("", "")],
         groups=groups,
@@ -172,9 +174,20 @@ def tables(group: Mapping[str, Any]) -> list[Sheet]:
     return [sheet for sheet in found if sheet]
 
 
+def lacking(comparison: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Why cells lack, and the names of those that lack for it; nothing where none does."""
+    found: dict[str, list[str]] = {}
+    for of in comparison.get("lacking_cells", []):
+        found.setdefault(f"{of['kind']}: {of['reason']}", []).append(of["cell"])
+    return list(found.items())
+
+
 def terminal_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as plain text: a block for each model and task, the verdict, and where to look next."""
+    """The comparison as plain text: what lacks, a block for each model and task, the verdict, where to look next."""
     lines = []
+    for why, cells in lacking(comparison):
+        lines += _wrapped(f"LACKING: {', '.join(cells)} ({plain(why)})")
+    lines += [""] * bool(lines)
     for group in comparison["groups"]:
         lines += _wrapped(heading(group))
         for sheet in tables(group):
@@ -192,8 +205,10 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
 
 
 def markdown_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as Markdown: the verdict, then the tables of each model and task."""
+    """The comparison as Markdown: the verdict, what lacks, then the tables of each model and task."""
     lines = [f"**{literal(comparison['sentence'])}**", ""]
+    lines += [f"- **lacking**: {literal(', '.join(cells))} ({literal(why)})" for why, cells in lacking(comparison)]
+    lines += [""] * (len(lines) > 2)
     for group in comparison["groups"]:
         lines += [f"### {literal(heading(group))}", "", f"**{literal(_advice(group))}.**", ""]
         for sheet in tables(group):

@@ -11,6 +11,8 @@ from molf import records
 from molf.config import Params, cell_config, fingerprint, untrained_fingerprint
 from molf.errors import UserError, first_line
 from molf.paths import BASE_METHOD, PREPARED, Cell, read_json
+from molf.report import lacking
+from molf.report.lacking import Kind, Lack
 from molf.tasks import TASKS
 
 Loaded = dict[str, Any]  # run, summary, metrics: as their files; predictions, general: frames, or None
@@ -26,29 +28,87 @@ NEEDED = {
 }
 
 
-def load(params: Params, root: Path) -> tuple[dict[Cell, Loaded], dict[tuple[str, str], Loaded]]:
-    """Every cell of the grid, and the untrained model's evaluation by model and task.
+def load(params: Params, root: Path) -> tuple[dict[Cell, Loaded], dict[tuple[str, str], Loaded], dict[Cell, Lack]]:
+    """Cells of the grid, the untrained model's evaluation by model and task, and the cells that lack.
+
+    A cell lacks if `results/lacking.json` names it and it has no results that fit, or if the untrained model's
+    evaluation does; a model and task of which every cell lacks has no evaluation of the untrained model either.
 
     Args:
         params: Their grid says which cells are read, their blocks what these must have been made with.
         root: Project folder.
 
     Raises:
-        UserError: Every cell that lacks, that another configuration made, or that does not fit its neighbours.
+        UserError: Every cell that lacks and is not said to, that another configuration made, or that does not fit its
+            neighbours; or nothing is there to be compared.
     """
     problems: list[str] = []
-    cells = {cell: found for cell in params.cells() if (found := _cell(params, cell, root, problems))}
-    bases = {}
+    named = lacking.read(root)
+    cells: dict[Cell, Loaded] = {}
+    bases: dict[tuple[str, str], Loaded] = {}
+    absent: dict[Cell, Lack] = {}
     for model in params.grid.models:
         for task in params.grid.tasks:
-            base = _base(params, model, task, root, problems)
-            if base:
+            zero = Cell(model, task, BASE_METHOD, 0)
+            of_cells: list[str] = []
+            of_base: list[str] = []
+            here = _group(params, model, task, root, named, absent, of_cells)
+            base = _base(params, model, task, root, of_base)
+            problems += of_cells
+            if zero in named and (not base or _only_with(base, model, task, here, root)):
+                absent[zero] = named[zero]
+                why = f"{zero.name}, the untrained model's scores, lacks"
+                absent |= dict.fromkeys(here, Lack(Kind.UNCOMPARED, why))
+                continue
+            fitting = {cell: found for cell, found in here.items() if cell not in named}
+            for cell in [cell for cell in here if cell in named]:
+                with_it = {**fitting, cell: here[cell]}
+                if any(_misfits(model, task, with_it, base, root)) and not any(
+                    _misfits(model, task, fitting, base, root)
+                ):
+                    absent[cell] = named[cell]
+                    del here[cell]
+                else:
+                    fitting = with_it
+            problems += [*of_base, *_misfits(model, task, here, base, root)]
+            cells |= here
+            if base and here:
                 bases[model, task] = base
-            here = {cell: found for cell, found in cells.items() if (cell.model, cell.task) == (model, task)}
-            problems += _misfits(model, task, here, base, root)
     if problems:
         raise UserError([*problems, "nothing was compared; `dvc repro` brings the results up to date with params.yaml"])
-    return cells, bases
+    if not cells:
+        told = [f"{cell.name} lacks: {lack.kind}: {lack.reason}" for cell, lack in absent.items()]
+        raise UserError([*told, "so nothing can be compared; `dvc repro` tries these again"])
+    return cells, bases, absent
+
+
+def _group(
+    params: Params,
+    model: str,
+    task: str,
+    root: Path,
+    named: Mapping[Cell, Lack],
+    absent: dict[Cell, Lack],
+    problems: list[str],
+) -> dict[Cell, Loaded]:
+    """Cells of a model and task; of the others those that are named go to `absent`, what is wrong to `problems`."""
+    here = {}
+    for cell in (cell for cell in params.cells() if (cell.model, cell.task) == (model, task)):
+        wrong: list[str] = []
+        found = _cell(params, cell, root, wrong)
+        if found:
+            here[cell] = found
+        elif cell in named:
+            absent[cell] = named[cell]
+        else:
+            problems += wrong
+    return here
+
+
+def _only_with(base: Loaded, model: str, task: str, cells: Mapping[Cell, Loaded], root: Path) -> bool:
+    """Whether cells fit each other, and not the untrained model's evaluation."""
+    with_it, without = (any(_misfits(model, task, cells, zero, root)) for zero in (base, None))
+    return with_it and not without
 
 
 def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded | None:

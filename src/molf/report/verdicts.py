@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from molf.paths import BASE_METHOD
 from molf.report.statistics import Interval, Outcome, non_inferiority
 
 # MoLF must keep up with both of these kinds, each on its own: never with the better of two picked from the same data.
 REFERENCE_KINDS = ("fft", "lora")
 CANDIDATE_KINDS = ("molf", "molf-e")
+NAMED = 3  # cells that lack which a sentence names; more are counted
 SAME_MEMORY = 1.02  # peaks within so much of the least count as equal: they differ from run to run
 
 Difference = Mapping[str, Any]
@@ -25,40 +27,76 @@ def verdicts(group: Mapping[str, Any], margin: float, seeds: int) -> list[dict[s
     """Non-inferiority of each MoLF method to every fft and lora method (DESIGN.md section 3).
 
     Args:
-        group: With methods, differences and examples, as in comparison.json.
+        group: With methods, differences and examples, as in comparison.json, and with the cells that lack, if any: then
+            a method may fail by what is there, but none holds that needs one of them.
         margin: What counts as not worse.
-        seeds: How many each method has.
+        seeds: How many each method has if none lack.
     """
-    against = references(group)
-    if {m["kind"] for m in group["methods"] if m["method"] in against} != set(REFERENCE_KINDS):
+    lacking = group.get("lacking", [])
+    kinds = {m["method"]: m["kind"] for m in group["methods"]}
+    kinds |= {of["method"]: of["method_kind"] for of in lacking}
+    against = [name for name, kind in kinds.items() if kind in REFERENCE_KINDS]
+    if {kinds[name] for name in against} != set(REFERENCE_KINDS):
         return []
     found = []
-    for method in (m["method"] for m in group["methods"] if m["kind"] in CANDIDATE_KINDS):
+    for method in (name for name, kind in kinds.items() if kind in CANDIDATE_KINDS):
         differences = [d for d in group["differences"] if d["method"] == method and d["versus"] in against]
-        outcome = _outcome(differences, margin)
-        shown = ", ".join(f"{signed(d)} against {d['versus']}" for d in differences)
+        absent = [of["cell"] for of in lacking if of["method"] in (method, *against)]
+        outcome = _outcome([d for d in differences if _whole(d, group)], margin)
+        if absent and outcome is not Outcome.FAILS:
+            outcome = Outcome.UNDECIDED
+        shown = ", ".join(f"{signed(d)} against {d['versus']}{_on_seeds(d, group)}" for d in differences)
         words = {
             Outcome.HOLDS: f"keeps up: {'both' if len(differences) == 2 else 'all'} lower bounds lie above -{margin:g}",
             Outcome.FAILS: f"falls behind: an upper bound lies below -{margin:g}",
-            Outcome.UNDECIDED: f"undecided: the bounds allow more and less than -{margin:g}",
+            Outcome.UNDECIDED: f"undecided: {_that_lack(absent)}"
+            if absent
+            else f"undecided: the bounds allow more and less than -{margin:g}",
         }[outcome]
+        needs = None
+        if outcome is Outcome.UNDECIDED:
+            needs = _results_of(absent) if absent else _needs(differences, margin, seeds, group)
         found.append(
             {
                 "method": method,
                 "versus": against,
                 "outcome": str(outcome),
-                "sentence": f"{method} {words} ({shown})",
-                "needs": _needs(differences, margin, seeds, group) if outcome is Outcome.UNDECIDED else None,
+                "sentence": f"{method} {words}" + (f" ({shown})" if shown else ""),
+                "needs": needs,
             }
         )
     return found
+
+
+def _whole(difference: Difference, group: Mapping[str, Any]) -> bool:
+    """Whether no cell of either method lacks."""
+    return not any(of["method"] in (difference["method"], difference["versus"]) for of in group.get("lacking", []))
+
+
+def _on_seeds(difference: Difference, group: Mapping[str, Any]) -> str:
+    if _whole(difference, group):
+        return ""
+    seeds = list(map(str, difference["seeds"]))
+    return f" on seed{'s' * (len(seeds) > 1)} {listed(seeds)} alone"
+
+
+def _that_lack(cells: Sequence[str]) -> str:
+    """ "a lacks", "a and b lack"; of many only how many."""
+    if len(cells) > NAMED:
+        return f"{len(cells)} cells lack"
+    return f"{listed(cells)} {'lacks' if len(cells) == 1 else 'lack'}"
+
+
+def _results_of(cells: Sequence[str]) -> str:
+    return f"the results of {listed(cells) if len(cells) <= NAMED else f'these {len(cells)} cells'}"
 
 
 def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[str, Any]:
     """Which method to use: of those that are non-inferior to every other, the one that takes least memory, then time.
 
     Args:
-        group: With methods, differences, examples, costs_comparable and why_not_comparable, as in comparison.json.
+        group: With methods, differences, examples, costs_comparable and why_not_comparable, as in comparison.json; none
+            is recommended where cells lack, which might be better.
         margin, seeds: As in `verdicts`.
 
     Returns:
@@ -66,6 +104,13 @@ def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[
         `candidates`: the methods that are non-inferior to every other.
     """
     methods = {m["method"]: m for m in group["methods"]}
+    if group.get("lacking"):
+        absent, leader = [of["cell"] for of in group["lacking"]], _leader(group)
+        said = (
+            f"On {group['task']}, it is undecided which method to use: {_that_lack(absent)}; "
+            f"of those that are there {leader} {_leads(group)} ({methods[leader]['mean']:.3f})"
+        )
+        return _recommended(None, said, needs=_results_of(absent))
     if len(methods) == 1:
         return _recommended(None, f"On {group['task']}, {next(iter(methods))} alone was trained: nothing to choose")
     versus = {name: [d for d in group["differences"] if d["method"] == name] for name in methods}
@@ -110,6 +155,8 @@ def _leader(group: Mapping[str, Any]) -> str:
 
 def _leads(group: Mapping[str, Any]) -> str:
     """What can be said of the leader's score beside the others', behind its name."""
+    if len(group["methods"]) == 1:
+        return "is alone"
     highest = max(m["mean"] for m in group["methods"])
     alike = sum(math.isclose(m["mean"], highest, abs_tol=1e-9) for m in group["methods"])
     return "scores highest" if alike == 1 else "scores as high as any"
@@ -121,9 +168,21 @@ def sentence(comparison: Mapping[str, Any]) -> str:
     data = " (generated data)" if all(group["generated"] for group in groups) else ""
     percent = f"{100 * comparison['confidence']:g} %"
     return (
-        f"{_uses(comparison)}{data}. {_on_molf(comparison)} "
+        f"{_uses(comparison)}{data}. {lacks(comparison)}{_on_molf(comparison)} "
         f"Margin {comparison['margin']:g}, {percent} intervals, {comparison['interval']}."
     )
+
+
+def lacks(comparison: Mapping[str, Any]) -> str:
+    """How many cells of the grid lack, and of which tasks nothing is there, with a space behind; empty if none do."""
+    lacking = [of for of in comparison.get("lacking_cells", []) if of["method_kind"] != BASE_METHOD]
+    if not lacking:
+        return ""
+    every = math.prod(len(comparison["grid"][axis]) for axis in ("models", "tasks", "methods", "seeds"))
+    there = [(group["model"], group["task"]) for group in comparison["groups"]]
+    without = [_place(comparison, of) for of in lacking if (of["model"], of["task"]) not in there]
+    nothing = f", so nothing is said of {listed(list(dict.fromkeys(without)))}" if without else ""
+    return f"{len(lacking)} of {every} cells {'lacks' if len(lacking) == 1 else 'lack'}{nothing}. "
 
 
 def _uses(comparison: Mapping[str, Any]) -> str:
@@ -136,7 +195,7 @@ def _uses(comparison: Mapping[str, Any]) -> str:
             chosen.setdefault(found["method"], []).append(place)
         elif found["candidates"]:
             unranked.append(f"on {place}, use {listed(found['candidates'], 'or')}, whose costs cannot be compared")
-        elif len(group["methods"]) > 1:
+        elif len(group["methods"]) > 1 or group.get("lacking"):
             undecided.append(f"{place} ({_leader(group)} {_leads(group)})")
     parts = [f"on {listed(places)}, use {method}" for method, places in chosen.items()] + unranked
     if undecided:
@@ -176,7 +235,9 @@ def paper_sentence(metric: str, group: Mapping[str, Any], judged: Sequence[Mappi
     kinds = {m["method"]: m["kind"] for m in group["methods"]}
     parts = [verdict["sentence"] for verdict in judged]
     for d in group["differences"]:
-        if (kinds[d["method"]], kinds[d["versus"]]) == REFERENCE_KINDS:
+        if (kinds[d["method"]], kinds[d["versus"]]) == REFERENCE_KINDS and not _whole(d, group):
+            parts.append(f"of {d['method']} and {d['versus']} cells lack ({signed(d)}{_on_seeds(d, group)})")
+        elif (kinds[d["method"]], kinds[d["versus"]]) == REFERENCE_KINDS:
             better = d["method"] if d["low"] > 0 else d["versus"] if d["high"] < 0 else None
             pair = f"{d['method']} and {d['versus']}"
             said = f"of {pair} {better} is better" if better else f"{pair} cannot be told apart"
@@ -188,6 +249,11 @@ def limits(comparison: Mapping[str, Any]) -> list[str]:
     """What the comparison is too small to show, in sentences."""
     margin, groups = comparison["margin"], comparison["groups"]
     found = [_of_seeds(len(comparison["grid"]["seeds"]))]
+    if said := lacks(comparison):
+        found.append(
+            f"{said}What needs them is undecided: verdicts that a method keeps up, and which one to use where they "
+            "belong. Cells may well fail for what would be their score: those that are there are no fair sample."
+        )
     for group in groups:
         widths = [d["high"] - d["low"] for d in group["differences"]]
         if not widths:
