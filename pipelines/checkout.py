@@ -83,6 +83,11 @@ def home(start: Path) -> Path:
     return root
 
 
+def start_ref(key: str) -> str:
+    """The ref by which the commit stays that a run's cells were made from; `molf/KEY` cannot mean it."""
+    return f"refs/molf-flow/{key}"
+
+
 def snapshot(root: Path, parent: str, message: str, ref: str) -> str:
     """Makes a commit of all files as they are, untracked ones that git does not ignore included.
 
@@ -132,7 +137,7 @@ def run_worktree(checkout: Path, key: str) -> Place:
     """A worktree on a new branch `molf/KEY`: the checkout's commit with its uncommitted changes."""
     path = checkout / FLOW / "runs" / key
     head = git(checkout, "rev-parse", "HEAD")
-    start = snapshot(checkout, head, f"What the flow run {key} started from", f"refs/molf/{key}")
+    start = snapshot(checkout, head, f"What the flow run {key} started from", start_ref(key))
     git(checkout, "worktree", "prune")
     git(checkout, "worktree", "add", "--quiet", "-b", f"molf/{key}", str(path), head)
     git(path, "read-tree", "-u", "--reset", start)

@@ -30,12 +30,14 @@ class CommandFailed(RuntimeError):
 
     def __init__(self, command: Sequence[str], code: int, lines: Sequence[str]) -> None:
         self.code, self.lines = code, list(lines)
-        said = [line for line in lines if line.strip()]
-        # DVC's own last lines say only that the stage failed; what the stage said stands above them.
-        telling = (
-            [line for line in said if re.match(r"(error|failed|interrupted|  - )", line)] or said[-1:] or ["(none)"]
-        )
-        super().__init__(f"`{' '.join(command)}` ended with exit code {code}: {' '.join(telling[-3:])}")
+        super().__init__(f"`{' '.join(command)}` ended with exit code {code}: {self.reason}")
+
+    @property
+    def reason(self) -> str:
+        """What it said of its failure; of DVC's commands what the stage said, for DVC's own say only that it did."""
+        said = [line for line in self.lines if line.strip()]
+        telling = [line.strip() for line in said if re.match(r"(error|failed|interrupted|  - )", line)]
+        return " ".join(telling[-3:] or said[-1:] or ["it printed nothing"])
 
     @property
     def stage_code(self) -> int:

@@ -24,7 +24,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from molf.config import PARAMS, Params, load_params
 from molf.errors import plain
-from molf.paths import BASE_METHOD, RESULTS, SCRATCH, Cell, write_json, write_text
+from molf.paths import BASE_METHOD, SCRATCH, Cell, write_text
+from molf.report import lacking as lacking_cells
+from molf.report.lacking import Kind, Lack
 from pipelines import checkout, graph, locks, publish
 from pipelines.checkout import FLOW, Place, git
 from pipelines.commands import CommandFailed, ended_together, stream
@@ -116,7 +118,7 @@ def _compare(place: Place, key: str, changes: Mapping[str, Any], preset: str | N
 
     if done:  # brings them from the run cache, and their hashes into dvc.lock
         run("dvc", "repro", "--single-item", *done)
-    _note_lacking(place.root, {_name(job): reason for job, reason in lacking.items()})
+    lacking_cells.write(lacking, place.root)
     for stage in stages.after:
         run("dvc", "repro", "--single-item", stage)
     comparison = publish.table(place)
@@ -130,19 +132,18 @@ def _compare(place: Place, key: str, changes: Mapping[str, Any], preset: str | N
     for what, link in publish.artifacts(place, settings.tracking.experiment).items():
         log.info(f"{what}: {link}")
     if place.root != place.home:
-        said = publish.message(comparison, {_name(job): reason for job, reason in lacking.items()}, key)
-        commit = publish.commit(place, said)
+        commit = publish.commit(place, publish.message(comparison, lacking, key))
         log.info(f"branch molf/{key}: {'nothing changed' if commit is None else commit[:12]}")
     if push:
         run("dvc", "push", "--run-cache")
         if place.root != place.home:
-            publish.push(place, "origin", f"molf/{key}")
+            publish.push(place, "origin", key)
     _tidy(place, settings.flow.keep_runs)
     log.info(comparison["sentence"])
     if lacking:
         raise CellsLack(
             f"{len(lacking)} of {len(stages.jobs)} cells lack; the others are compared: "
-            + "; ".join(f"{_name(job)}: {reason}" for job, reason in lacking.items())
+            + "; ".join(f"{cell.name}: {lack.reason}" for cell, lack in lacking.items())
         )
     if place.root != place.home:
         log.info(f"next: git diff HEAD...molf/{key}, then git merge molf/{key} && dvc checkout")
@@ -164,7 +165,7 @@ def _before(place: Place, stages: Graph, logs: Path, slots: Slots, retries: int)
                 )
             if done.is_completed():
                 continue
-            reason = f"{stage} failed: {_reason(done)}"
+            reason = f"{stage} failed: {_lack(done).reason}"
         failed[stage] = reason
     return failed
 
@@ -177,20 +178,20 @@ def _cells(
     slots: Slots,
     logs: Path,
     failed: Mapping[str, str],
-) -> tuple[list[str], dict[Job, str]]:
+) -> tuple[list[str], dict[Cell, Lack]]:
     """Runs the cells that are not up to date, as many side by side as there are slots.
 
     Returns:
         The stages that are up to date now and were not before, and the cells that failed, with the reason.
     """
     log = get_run_logger()
-    lacking: dict[Job, str] = {}
+    lacking: dict[Cell, Lack] = {}
     stale = []
     old = _stale(place, stages)
     for job in stages.jobs:
         reason = next((failed[name] for name in sorted(_needed(job, stages)) if name in failed), None)
         if reason is not None:
-            lacking[job] = reason
+            lacking[_cell(job)] = Lack(Kind.BEFORE, reason)
         elif not old.isdisjoint(job.stages):
             stale.append(job)
     log.info(f"{len(stages.jobs)} cells: {len(stale)} to bring up to date, {slots.count} side by side")
@@ -200,7 +201,7 @@ def _cells(
         place.root,
         git(place.root, "rev-parse", "HEAD"),
         f"What the cells of flow run {key} are made from",
-        f"refs/molf/{key}",
+        checkout.start_ref(key),
     )
     free = threading.BoundedSemaphore(slots.count)
     futures: dict[Job, PrefectFuture[None]] = {}
@@ -216,8 +217,8 @@ def _cells(
         if future.state.is_completed():
             done += job.stages
         else:
-            lacking[job] = _reason(future.state)
-            log.error(f"{_name(job)} failed: {lacking[job]}")
+            lacking[_cell(job)] = _lack(future.state)
+            log.error(f"{_cell(job).name} failed: {lacking[_cell(job)].reason}")
     return done, lacking
 
 
@@ -231,15 +232,6 @@ def _stale(place: Place, stages: Graph) -> set[str]:
     return set(json.loads(answer.splitlines()[-1]))
 
 
-def _note_lacking(root: Path, lacking: Mapping[str, str]) -> None:
-    """Tells the comparison which cells lack."""
-    path = root / RESULTS / "lacking.json"
-    if lacking:
-        write_json(path, dict(lacking))
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _needed(job: Job, stages: Graph) -> set[str]:
     return {name for stage in job.stages for name in stages.needs[stage]}
 
@@ -250,17 +242,27 @@ def _gpus(job: Job, settings: Params) -> int:
     return settings.training_for(str(task)).processes
 
 
-def _name(job: Job) -> str:
-    """The cell's name in results/; one without method and seed is the untrained model."""
+def _cell(job: Job) -> Cell:
+    """The cell as results/ has it; one without method and seed is the untrained model."""
     model, task, *rest = job.values
     method, seed = rest or (BASE_METHOD, 0)
-    return Cell(str(model), str(task), str(method), int(seed)).name
+    return Cell(str(model), str(task), str(method), int(seed))
 
 
-def _reason(state: Any) -> str:
-    """Why a task failed, in one line."""
+def _lack(state: Any) -> Lack:
+    """Why a task failed."""
     error = state.result(raise_on_failure=False)
-    return plain(" ".join(str(error).split()))[:500] or type(error).__name__
+    reason = plain(" ".join(str(error).split())) or type(error).__name__
+    kind = Kind.FAILED
+    if isinstance(error, CommandFailed):
+        reason = error.reason
+        if error.out_of_memory:
+            kind = Kind.MEMORY
+        elif error.may_pass:
+            kind = Kind.LOST
+        elif error.stage_code == 2:
+            kind = Kind.INPUT
+    return Lack(kind, reason)
 
 
 def _changes(

@@ -7,7 +7,8 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from molf import tracking
-from molf.paths import REPORTS, read_json, write_text
+from molf.paths import REPORTS, Cell, read_json, write_text
+from molf.report.lacking import Lack
 from molf.report.page import markdown_table
 from pipelines import checkout
 from pipelines.checkout import Place, git
@@ -60,15 +61,15 @@ def commit(place: Place, message: str) -> str | None:
     return git(place.root, "rev-parse", "HEAD")
 
 
-def message(comparison: Mapping[str, Any] | None, lacking: Mapping[str, str], key: str) -> str:
+def message(comparison: Mapping[str, Any] | None, lacking: Mapping[Cell, Lack], key: str) -> str:
     """The commit's message: the verdict, and which cells lack."""
     sentence = comparison["sentence"] if comparison else "Nothing could be compared"
     lines = [f"Comparison {key}", "", sentence]
     if lacking:
-        lines += ["", "Lacking:", *(f"- {name}: {reason}" for name, reason in lacking.items())]
+        lines += ["", "Lacking:", *(f"- {cell.name}: {lack.reason}" for cell, lack in lacking.items())]
     return "\n".join(lines)
 
 
-def push(place: Place, remote: str, branch: str) -> None:
-    """Sends the branch and the commit that results name to the git remote."""
-    git(place.root, "push", "--quiet", remote, f"refs/heads/{branch}", f"refs/{branch}")
+def push(place: Place, remote: str, key: str) -> None:
+    """Sends a run's branch and the commit that its results name to the git remote."""
+    git(place.root, "push", "--quiet", remote, f"refs/heads/molf/{key}", checkout.start_ref(key))

@@ -1,6 +1,7 @@
 """The flow's parts, and the flow and a served schedule for real."""
 
 import importlib
+import json
 import os
 import re
 import signal
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import graph
+from pipelines import checkout, graph
 from pipelines.flow import ROOT
 from pipelines.serve import nightly
 from tests.conftest import Project
+from tests.pipelines.toy import Toy
 
 
 def until(what: Any, seconds: float) -> Any:
@@ -98,48 +100,180 @@ def test_the_nightly_schedule_is_one_that_prefect_takes() -> None:
 # --- acceptance ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Toy:
+    """Two methods on one task, run once; tests below stand on one another's runs only where they say so."""
+    made = Toy(tmp_path_factory.mktemp("toy"), server=prefect_server)
+    (made.root / "note.txt").write_text("not added to git\n")
+    (made.notes / "said.txt").write_text(made.flow())
+    return made
+
+
+def branches(toy: Toy) -> list[str]:
+    """Branches of runs, the oldest first."""
+    return toy.git("branch", "--list", "molf/*", "--format", "%(refname:short)").split()
+
+
+def artifacts(server: str) -> dict[str, str]:
+    """The newest version of each artifact. Not by Artifact.get: Prefect's sends nulls that its own server refuses."""
+    body = json.dumps({"sort": "UPDATED_DESC"}).encode()
+    request = urllib.request.Request(f"{server}/artifacts/latest/filter", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return {artifact["key"]: artifact["data"] for artifact in json.load(answer)}
+
+
+def stages(toy: Toy) -> list[str]:
+    return [entry["stage"] for entry in toy.ran()]
+
+
+ALL = [
+    "prepare@fact",
+    "base@tiny",
+    "baseline@tiny-fact",
+    *(f"{stage}@tiny-fact-{method}-0" for method in ("fft", "lora") for stage in ("train", "evaluate")),
+    "compare",
+]
+
+
+@pytest.mark.acceptance
+def test_a_run_leaves_the_checkout_alone_and_one_commit_on_a_branch(toy: Toy) -> None:
+    assert sorted(stages(toy)) == sorted(ALL)
+    assert toy.git("status", "--porcelain") == "?? note.txt"
+    assert not [name for name in ("models", "data", "results", "reports", "dvc.lock") if (toy.root / name).exists()]
+    [branch] = branches(toy)
+    assert toy.git("rev-list", "--count", f"main..{branch}") == "1"
+    changed = toy.git("diff", "--name-only", "main", branch).split()
+    assert changed == ["dvc.lock", "note.txt", "reports/comparison.md"]
+    assert "3 evaluations compared." in toy.git("log", "-1", "--format=%B", branch)
+    assert not list((toy.root / ".molf/flow/cells").iterdir()), "a finished cell's worktree stays"
+    key = branch.removeprefix("molf/")
+    log = toy.root / f".molf/flow/logs/{key}/train@tiny-fact-fft-0.log"
+    assert "train@tiny-fact-fft-0 is made" in log.read_text()
+    said = (toy.notes / "said.txt").read_text()
+    assert "Task run 'train@tiny-fact-fft-0' - train@tiny-fact-fft-0 is made" in said, "lines do not reach Prefect"
+    assert f"next: git diff HEAD...{branch}" in said
+
+
+@pytest.mark.acceptance
+def test_cells_run_in_worktrees_with_what_the_run_started_from(toy: Toy) -> None:
+    commit = toy.git("rev-parse", checkout.start_ref(branches(toy)[0].removeprefix("molf/")))
+    assert "note.txt" in toy.git("ls-tree", "-r", "--name-only", commit)
+
+
+@pytest.mark.acceptance
+def test_prefect_shows_the_table_and_links(toy: Toy, prefect_server: str) -> None:
+    found = artifacts(prefect_server)
+    assert "3 evaluations compared." in found["comparison"]
+    assert re.search(r"file://\S+/reports/report\.html", found["report"])
+    assert re.search(r"http://127\.0\.0\.1:5000/#/experiments/\d+/runs/\w+", found["mlflow"])
+
+
+@pytest.mark.acceptance
+def test_two_runs_at_once_do_each_cell_once_and_nothing_that_was_done(toy: Toy) -> None:
+    toy.ran()
+    before = branches(toy)
+    toy.edit({"methods.lora.r": 8})
+    runs = [toy.start("--methods", "fft", "lora", "molf") for _ in range(2)]
+    said = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
+    new = [f"{stage}@tiny-fact-{method}-0" for method in ("lora", "molf") for stage in ("train", "evaluate")]
+    ran = stages(toy)
+    assert sorted(name for name in ran if name != "compare") == sorted(new)
+    for branch in (name for name in branches(toy) if name not in before):
+        assert "4 evaluations compared." in toy.git("show", f"{branch}:reports/comparison.md")
+        assert "molf" in toy.git("diff", "main", branch, "--", "params.yaml")
+    toy.git("checkout", "--quiet", "params.yaml")
+    assert toy.git("status", "--porcelain") == "?? note.txt"
+
+
+@pytest.mark.acceptance
+def test_in_place_brings_the_checkout_up_to_date_and_commits_nothing(toy: Toy) -> None:
+    toy.ran()
+    before = branches(toy)
+    toy.flow("--in-place")
+    assert stages(toy) in ([], ["compare"])
+    assert (toy.root / "reports/report.html").exists() and branches(toy) == before
+    assert toy.git("rev-list", "--count", "HEAD") == "1"
+
+
+@pytest.mark.acceptance
+def test_a_failed_cell_stops_no_other_and_is_tried_again_only_if_that_can_help(
+    tmp_path: Path, prefect_server: str
+) -> None:
+    toy = Toy(tmp_path, server=prefect_server, methods=["fft", "lora", "molf", "molf-e"], tasks=["fact", "med"])
+    toy.tell("train@tiny-fact-fft-0", exit=2, say="error: bad params", times=9)
+    toy.tell("train@tiny-fact-lora-0", signal=9)
+    toy.tell("evaluate@tiny-fact-molf-0", exit=1, say="failed: out of memory: 3 GB", times=2)
+    toy.tell("prepare@med", exit=2, say="error: bad rows", times=9)
+    said = toy.flow("--seeds", "0", code=1)
+    ran = toy.ran()
+    tries = [(entry["stage"], entry["MOLF_MICRO_BATCHES"]) for entry in ran]
+    assert [split for stage, split in tries if stage == "train@tiny-fact-fft-0"] == [None]
+    assert [split for stage, split in tries if stage == "train@tiny-fact-lora-0"] == [None, "2"]
+    assert [split for stage, split in tries if stage == "evaluate@tiny-fact-molf-0"] == [None, "2", "4"]
+    assert not [stage for stage, _ in tries if "-med-" in stage]
+    [branch] = branches(toy)
+    message = toy.git("log", "-1", "--format=%B", branch)
+    for text in (said, message):
+        assert "tiny/fact/fft/seed-0" in text and "error: bad params" in text
+        assert "tiny/med/molf/seed-0" in text and "prepare@med failed" in text
+    assert "4 evaluations compared." in message  # three methods and the untrained model
+    assert "failed: 6 of 10 cells lack" in said
+
+    toy.notes.joinpath("train@tiny-fact-fft-0").unlink()
+    toy.flow("--tasks", "fact")
+    assert stages(toy) == ["train@tiny-fact-fft-0", "evaluate@tiny-fact-fft-0", "compare"]
+
+
+@pytest.mark.acceptance
+def test_bad_params_end_a_run_before_it_trains(toy: Toy) -> None:
+    toy.ran()
+    said = toy.flow("--methods", "fft", "lorra", code=1)
+    assert "lorra" in said and "exit code 2" in said
+    assert stages(toy) == []
+
+
+@pytest.mark.acceptance
+def test_a_push_without_remotes_is_refused_at_once(toy: Toy) -> None:
+    said = toy.flow("--push", code=1)
+    assert "git remote add origin" in said and "dvc remote add --default" in said
+
+
+CELLS_IN_MLFLOW = """
+from mlflow import MlflowClient
+client = MlflowClient("sqlite:///mlflow.db")
+experiment = client.get_experiment_by_name("molf")
+print([run.info.run_name for run in client.search_runs([experiment.experiment_id])])
+"""
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(900)
+def test_the_real_pipeline_as_a_flow(project: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cell of the real stages, in a copy of the project."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    project.edit({"grid.methods": ["molf"]})
+    said = project.run(sys.executable, "-m", "pipelines.flow")
+    assert "tiny/fact/molf/seed-0: score" in said, "the stages' lines are not streamed"
+    [branch] = re.findall(r"branch (molf/\S+):", said)
+    assert "| molf " in project.run("git", "show", f"{branch}:reports/comparison.md")
+    project.run("git", "checkout", "--quiet", "params.yaml")
+    project.run("git", "merge", "--quiet", branch)
+    assert project.repro("compare") == [], "what the flow made is made again"
+    runs = project.run(sys.executable, "-c", CELLS_IN_MLFLOW)
+    assert "tiny/fact/molf/seed-0" in runs
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-# Not Artifact.get: Prefect 3.8.8's sends nulls that its own server refuses.
-READ_ARTIFACT = """
-from prefect.client.orchestration import get_client
-asked = {"artifacts": {"key": {"any_": ["comparison"]}}}
-with get_client(sync_client=True) as client:
-    print(client.request("POST", "/artifacts/filter", json=asked).json()[0]["data"])
-"""
-
-
 @pytest.fixture
 def one_cell(project: Project) -> Project:
     project.edit({"grid.methods": ["molf"]})
     return project
-
-
-@pytest.mark.acceptance
-def test_the_flow_brings_a_grid_of_one_cell_up_to_date(one_cell: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a server set up: Prefect's own, in a folder that was empty."""
-    monkeypatch.setenv("PREFECT_HOME", str(one_cell.root.parent / "prefect"))
-    monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    said = one_cell.run(sys.executable, "-m", "pipelines.flow")
-    assert "Running stage 'train@tiny-fact-molf-0'" in said
-    assert "tiny/fact/molf/seed-0: score" in said, "the stages' lines are not streamed"
-    assert "next: open reports/report.html" in said
-    assert one_cell.repro("compare") == []
-    assert "Completed" in said
-    markdown = one_cell.run(sys.executable, "-c", READ_ARTIFACT)
-    assert "| molf " in markdown and "tiny" in markdown
-
-    again = one_cell.run(sys.executable, "-m", "pipelines.flow")
-    assert "Running stage" not in again
-
-    one_cell.edit({"methods.molf.top_k": 9})
-    failed = one_cell.run(sys.executable, "-m", "pipelines.flow", code=1)
-    assert "methods.molf: top_k is 9" in failed and "exit code 2" in failed
 
 
 @pytest.mark.acceptance
@@ -170,8 +304,6 @@ def test_a_served_deployment_fires(one_cell: Project, tmp_path: Path) -> None:
 
 def _completed(port: int) -> list[dict[str, Any]]:
     """Flow runs that ended well, asked of the server itself."""
-    import json
-
     body = json.dumps({"flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/api/flow_runs/filter", body, {"Content-Type": "application/json"}

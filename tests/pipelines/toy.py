@@ -108,10 +108,12 @@ class Toy:
 
     Args:
         folder: Empty; gets `project`, `notes` and Prefect's home.
+        server: Address of a Prefect server's API; without, each flow starts one of its own.
         grid: Lists of params.yaml's grid that differ from one task and two methods.
     """
 
-    def __init__(self, folder: Path, **grid: list[Any]) -> None:
+    def __init__(self, folder: Path, server: str | None = None, **grid: list[Any]) -> None:
+        self.server = server
         self.root, self.notes, self.prefect = folder / "project", folder / "notes", folder / "prefect"
         for path in (self.root / ".dvc", self.notes):
             path.mkdir(parents=True)
@@ -139,7 +141,10 @@ class Toy:
             "PREFECT_HOME": str(self.prefect),
             "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         }
-        found.pop("MLFLOW_TRACKING_URI", None)
+        for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+            found.pop(name, None)
+        if self.server:
+            found["PREFECT_API_URL"] = self.server
         return found
 
     def git(self, *arguments: str) -> str:
