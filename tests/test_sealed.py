@@ -88,13 +88,35 @@ def test_a_bare_environment_keeps_no_library_quiet(tmp_path: Path, monkeypatch: 
 # --- acceptance ----------------------------------------------------------------------------------------------------
 
 
+# MLflow's page, and Prefect's server as a person types it, both until they answer.
+SERVERS = """
+import os, pathlib, subprocess, time, urllib.request
+from tests.served import molf_ui
+
+command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", "4200"]
+with subprocess.Popen(command, stdin=subprocess.DEVNULL) as prefect:
+    with molf_ui(pathlib.Path.cwd(), os.environ) as page:
+        for address in (page.partition("/#")[0], "http://127.0.0.1:4200/api/health", "http://127.0.0.1:4200"):
+            while prefect.poll() is None:
+                try:
+                    urllib.request.urlopen(address).read()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+    assert prefect.poll() is None
+    prefect.terminate()
+"""
+
+
 @watched
 @pytest.mark.acceptance
-def test_the_pipeline_and_its_page_without_a_network(tmp_path: Path) -> None:
-    """One story: a run with secrets in its environment, MLflow's page over it, and what both left on disk."""
+def test_the_pipeline_and_the_servers_without_a_network(tmp_path: Path) -> None:
+    """One story: a run with secrets in its environment, the servers' start beside it, and what all left on disk."""
     project, home = Project(tmp_path / "project"), tmp_path / "home"
     home.mkdir()
-    project.edit({**SMALL, "grid.methods": ["lora"]})
+    # One cell, and as little of all else as may be: whether the numbers mean anything does not matter.
+    less = {"models.tiny.steps": 1, "training.threads": 1, "general.rows": 20, "evaluation.weights": None}
+    project.edit({**SMALL, **less, "grid.methods": ["lora"], "compare.bootstrap": 100})
     project.run("git", "remote", "add", "origin", f"https://me:{MARK}-git@127.0.0.1:9/molf.git")
     project.run("dvc", "remote", "add", "--local", "-d", "far", f"https://me:{MARK}-dvc@127.0.0.1:9/molf")
     environment = sealed.bare(home, root=project.root, **PLANTED)
@@ -103,12 +125,7 @@ def test_the_pipeline_and_its_page_without_a_network(tmp_path: Path) -> None:
     assert ran.tried == []
     assert (project.root / "mlflow.db").is_file() and (project.root / "reports/report.html").is_file()
 
-    look = (
-        "import os, pathlib, urllib.request\nfrom tests.served import molf_ui\n"
-        "with molf_ui(pathlib.Path.cwd(), os.environ) as page:\n"
-        "    urllib.request.urlopen(page.partition('/#')[0]).read()\n"
-    )
-    seen = sealed.run([sys.executable, "-c", look], project.root, environment)
+    seen = sealed.run([sys.executable, "-c", SERVERS], project.root, environment)
     assert seen.code == 0, seen.said
     assert seen.tried == []
 
