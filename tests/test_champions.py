@@ -305,8 +305,15 @@ def test_exit_codes(project: Path, capsys: pytest.CaptureFixture[str], monkeypat
     for command in (["promote"], ["champion", "--task", "fact"]):
         assert run(command) == 1
         captured = capsys.readouterr()
-        assert "MLflow (http://***@127.0.0.1:9)" in captured.err
+        assert "MLflow (http://me:***@127.0.0.1:9)" in captured.err
         assert "hushhush" not in captured.out + captured.err
+
+
+def test_a_task_of_which_nothing_was_compared_fails_its_gate_alone(project: Path) -> None:
+    comparison = {**champions.current_comparison(load_params()), "groups": []}
+    result = champions._promote(load_params(), comparison, "fact", NAME, False)
+    assert result.decision.action is Action.NONE
+    assert result.lines[0] == "fact: the comparison holds none of its cells; registered model molf-fact"
 
 
 # --- without a store -------------------------------------------------------------------------------------------------

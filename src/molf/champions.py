@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from molf import cards, export, lineage, machine, mlflow_cells, promotion, records, stored
 from molf.blocks import Gate
@@ -27,6 +26,7 @@ from molf.paths import MODELS, REPORTS, SCRATCH, Cell, read_json, write_json, wr
 from molf.promotion import Action, Candidate, Decision, Measured, Rival
 from molf.report import comparison as comparing
 from molf.report.markdown import literal
+from molf.secrets import concealed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -203,7 +203,7 @@ def _promote(params: Params, comparison: Mapping[str, Any], task: str, name: str
         with _guarded():
             decision, done = _decide(params, comparison, gate, one, name, dry_run)
     except (RunError, UserError) as error:  # the other tasks go on
-        decision, done = Decision(Action.FAILED, str(error)), []
+        decision, done = Decision(Action.FAILED, concealed(error)), []
     return Result(task, decision, [*lines, f"-> {decision.action}: {decision.sentence}", *done])
 
 
@@ -238,7 +238,9 @@ def _decide(
 
 
 def _subject(comparison: Mapping[str, Any], task: str) -> str:
-    group = next(group for group in comparison["groups"] if group["task"] == task)
+    group = next((group for group in comparison["groups"] if group["task"] == task), None)
+    if group is None:
+        return "the comparison holds none of its cells"
     generated = ", generated data" if group["generated"] else ""
     return f"{group['primary_name']} on {group['examples']} examples{generated}"
 
@@ -400,7 +402,9 @@ def find(params: Params, task: str, previous: bool) -> Champion:
         client = _client()
         found = _at(client, name, alias) if client else None
     if found is None:
-        raise UserError(f"{name} has no `{alias}` in MLflow ({_shown_uri()}); `molf promote --task {task}` makes one")
+        raise UserError(
+            f"{name} has no `{alias}` in MLflow ({concealed(uri_of(Path()))}); `molf promote --task {task}` makes one"
+        )
     if found.cell.task != task:
         raise RunError(f"{found.shown()} is of another task than {task}; in MLflow, move the alias `{alias}`")
     return found
@@ -476,7 +480,9 @@ def _lineage_text(champion: Champion) -> str:
     """The chain as it was checked when the champion was promoted."""
     client = _client()
     if client is None or champion.run_id is None:
-        raise RunError(f"{champion.shown()}: MLflow ({_shown_uri()}) has no run of it, which holds its lineage")
+        raise RunError(
+            f"{champion.shown()}: MLflow ({concealed(uri_of(Path()))}) has no run of it, which holds its lineage"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = client.download_artifacts(champion.run_id, f"{FOLDER}/lineage.txt", folder)
         return Path(path).read_text(encoding="utf-8")
@@ -525,19 +531,9 @@ def _guarded() -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
         raise RunError(
-            f"MLflow ({_shown_uri()}): {type(error).__name__}: {_without_secret(first_line(error))[:300]}; run the "
-            "same command again once it answers"
+            f"MLflow ({concealed(uri_of(Path()))}): {type(error).__name__}: {concealed(first_line(error))[:300]}; run "
+            "the same command again once it answers"
         ) from None
-
-
-def _shown_uri() -> str:
-    return _without_secret(uri_of(Path()))
-
-
-def _without_secret(text: str) -> str:
-    """A text without the password that the store's address may hold."""
-    secret = urlsplit(uri_of(Path())).netloc.rpartition("@")[0]
-    return text.replace(f"{secret}@", "***@") if secret else text
 
 
 @contextlib.contextmanager
