@@ -528,6 +528,48 @@ def test_unreachable_server(
         mlflow_server.server_store(tmp_path)
 
 
+def test_an_unreachable_database_is_given_up_and_its_password_not_shown(
+    params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://molf:geheim@127.0.0.1:9/mlflow")
+    began = time.monotonic()
+    assert tracking.initialise(tmp_path, "molf") is False
+    with pytest.raises(RunError, match=r"MLflow \(postgresql://molf:\*\*\*@127.0.0.1:9/mlflow\)") as failed:
+        tracking.track(tmp_path, params)
+    assert time.monotonic() - began < 20
+    printed = capsys.readouterr()
+    assert "Connection refused" in printed.err
+    assert "geheim" not in printed.err + printed.out + str(failed.value)
+
+
+def test_checkouts_share_the_store_of_one(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    other = tmp_path / "other"
+    other.mkdir()
+    fake.write_tree(other, fake.raw_params(tasks=("sql",)))
+    live(other)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert content(tmp_path, kind="cell", cell=CELL.name)["status"] == "FINISHED"
+    assert (tmp_path / "mlartifacts").is_dir() and not (other / "mlartifacts").exists()
+    assert not (other / ".molf").exists()  # the lock is one for all
+
+
+@pytest.mark.parametrize("kind", ["method", "cell"])
+def test_runs_that_mean_the_same_become_one(params: Params, tmp_path: Path, kind: str) -> None:
+    live(tmp_path)
+    store = Store("molf", tmp_path)
+    first = store.find(kind=kind, method=CELL.method)
+    assert first is not None
+    tags = {key: value for key, value in first.data.tags.items() if key.startswith("molf.")}
+    older = store.client.create_run(store.experiment_id, start_time=1, tags=tags)  # as by a machine with a slow clock
+    child = store.client.create_run(store.experiment_id, tags={"mlflow.parentRunId": older.info.run_id})
+    mlflow_cells.sync(store, tmp_path / CELL.results)
+    if kind == "method":
+        store.parent(CELL)
+        assert store.client.get_run(child.info.run_id).data.tags["mlflow.parentRunId"] == first.info.run_id
+    assert [run.info.run_id for run in store._alike(kind=kind, method=CELL.method)] == [first.info.run_id]
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A server that takes requests and never answers."""

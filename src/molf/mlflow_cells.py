@@ -73,7 +73,7 @@ def sync(store: Store, results: Path) -> tuple[bool, bool]:
         run = {"cell": metrics["cell"], "fingerprint": metrics["fingerprint"], **_asked(metrics)}
     else:
         return False, False
-    known = store.find(kind="cell", fingerprint=run["fingerprint"])
+    known = store.only(kind="cell", fingerprint=run["fingerprint"])
     found = known if known and known.info.status == "FINISHED" else store.open_cell(run)
     run_id = found.info.run_id
     trained = found.info.status != "FINISHED" and "started" in run

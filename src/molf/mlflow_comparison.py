@@ -49,7 +49,7 @@ def sync(store: Store, reports: Path, root: Path) -> bool:
 
     comparison = read_json(reports / "comparison.json")
     key = fingerprint(comparison)
-    found = store.find(kind="comparison", fingerprint=key)
+    found = store.only(kind="comparison", fingerprint=key)
     if found is not None and found.info.status == "FINISHED":
         return False
     if found is None:

@@ -23,7 +23,7 @@ from molf.report import quality
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 keep_private()  # whoever imports this, also without a command of ours
 # An unreachable server is given up within seconds: MLflow's own defaults wait for many minutes.
@@ -31,6 +31,7 @@ for _key, _value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "PGCONNECT_TIMEOUT": "10",
     "GIT_PYTHON_REFRESH": "quiet",
 }.items():
     os.environ.setdefault(_key, _value)
@@ -41,9 +42,13 @@ STEP_METRICS = {  # by the column of history.parquet
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "train/tokens_per_second",
 }
+DATABASE_RETRIES = 3  # of a connection, within a second; MLflow has no setting for its 10, which take 100 s
 LOCK_SECONDS = 60.0  # creating a fresh SQLite store takes some 10 s; longer than this means that its owner hangs
 MAX_METRICS, MAX_PARAMS = 1000, 100  # in one batch, by MLflow's API
 MAX_CHILDREN = 1000  # of one parent, trainings of earlier configurations among them
+MAX_ALIKE = 1000  # runs that mean the same: as many as machines that make one at the same moment
+GONE = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")  # what MLflow says of a deleted run
+RACES = 10  # that a machine may lose in a row when it settles with others which run counts
 MAX_PARAM_LENGTH = 6000  # characters of one value, by MLflow's API
 MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 8000, 36  # characters, likewise
 NOTE = "mlflow.note.content"  # tag by which a run or an experiment has a description, in Markdown
@@ -73,25 +78,46 @@ class Store:
         local = None if uri.startswith(("http://", "https://")) else (folder_of(uri, root) / "mlartifacts").as_uri()
         with _locked(folder_of(uri, root)):
             self.client = client_of(uri)
-            known = self.client.get_experiment_by_name(experiment)
-            self.experiment_id: str = (
-                known.experiment_id
-                if known
-                else self.client.create_experiment(experiment, artifact_location=local, tags=KIND)
-            )
-        if known and local and known.artifact_location != local:
+            known = self.client.get_experiment_by_name(experiment) or self._create(experiment, local)
+        self.experiment_id: str = known.experiment_id
+        if local and known.artifact_location.startswith("file:") and known.artifact_location != local:
             raise RunError(
                 f"its artifacts lie in {known.artifact_location}, made when the project was elsewhere; "
                 "remove mlflow.db and mlartifacts, then `molf track` rebuilds both"
             )
 
+    def _create(self, experiment: str, local: str | None) -> "Experiment":
+        from mlflow import MlflowException
+
+        try:
+            made = self.client.create_experiment(experiment, artifact_location=local, tags=KIND)
+        except MlflowException as error:
+            known = self.client.get_experiment_by_name(experiment)  # another machine may have been faster
+            if known is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return known
+        return self.client.get_experiment(made)
+
     def find(self, **tags: str) -> "Run | None":
-        """The oldest run with these `molf.` tags."""
+        """The run with these `molf.` tags; of several, the one that all machines agree on."""
+        return next(iter(self._alike(**tags)), None)
+
+    def _alike(self, **tags: str) -> "list[Run]":
+        """All runs with these `molf.` tags: those that are filled or finished first, then the oldest.
+
+        MLflow takes two runs that mean the same, and machines share no lock: each that makes one looks again.
+        """
         where = " and ".join(f"tags.`molf.{key}` = '{value}'" for key, value in tags.items())
-        runs = self.client.search_runs(
-            [self.experiment_id], where, max_results=1, order_by=["attributes.start_time ASC"]
+        found = self.client.search_runs([self.experiment_id], where, max_results=MAX_ALIKE)
+        return sorted(
+            found,
+            key=lambda run: (
+                "molf.seeds" not in run.data.tags,
+                run.info.status != "FINISHED",
+                run.info.start_time,
+                run.info.run_id,
+            ),
         )
-        return runs[0] if runs else None
 
     @classmethod
     def existing(cls, experiment: str, root: Path) -> "Store | None":
@@ -129,7 +155,12 @@ class Store:
                 if run.get("git_commit"):
                     tags["mlflow.source.git.commit"] = run["git_commit"]
                 started = milliseconds(run["started"]) if "started" in run else None
-                found = self.client.create_run(self.experiment_id, started, tags, run_name=cell.name)
+                own = self.client.create_run(self.experiment_id, started, tags, run_name=cell.name)
+                found = self.only(kind="cell", fingerprint=run["fingerprint"]) or own
+                if found.info.run_id != own.info.run_id:
+                    self.client.delete_run(own.info.run_id)
+                # Another machine may have found this parent superfluous before it had a child.
+                self.set_tags(found.info.run_id, {"mlflow.parentRunId": self.parent(cell).info.run_id})
         self._describe(found, run)
         return found
 
@@ -158,21 +189,52 @@ class Store:
 
     def parent(self, cell: Cell) -> "Run":
         """The run of a model, task and method, below which its seeds lie; empty until a comparison fills it."""
-        found = self.find(kind="method", model=cell.model, task=cell.task, method=cell.method)
+        wanted = {"kind": "method", "model": cell.model, "task": cell.task, "method": cell.method}
+        found = self.only(**wanted)
         if found is None:
             name = f"{cell.model}/{cell.task}/{cell.method}"
-            found = self.client.create_run(self.experiment_id, tags=_tags("method", cell), run_name=name)
-            self.client.set_terminated(found.info.run_id, "FINISHED")
+            made = self.client.create_run(self.experiment_id, tags=_tags("method", cell), run_name=name)
+            found = self.only(**wanted) or made
         return found
+
+    def only(self, **tags: str) -> "Run | None":
+        """The run with these `molf.` tags, once those that mean the same have left it their children and are gone.
+
+        Of cells only runs beside a finished one go, for others may be written to at this moment.
+        """
+        from mlflow import MlflowException
+
+        for attempt in range(RACES):
+            runs = self._alike(**tags)
+            if not runs:
+                return None
+            first, *others = runs
+            try:
+                if tags["kind"] == "method" and first.info.status != "FINISHED":
+                    self.client.set_terminated(first.info.run_id, "FINISHED")
+                if tags["kind"] == "method" or first.info.status == "FINISHED":
+                    for other in others:
+                        self._adopt(other.info.run_id, first.info.run_id)
+                        self.client.delete_run(other.info.run_id)
+                return first
+            except MlflowException as error:
+                # Another machine settles the same and was faster: what was to be changed is gone.
+                if error.error_code not in GONE or attempt == RACES - 1:
+                    raise
+        return None
+
+    def _adopt(self, old: str, new: str) -> None:
+        """Gives the children of one run to another."""
+        where = f"tags.`mlflow.parentRunId` = '{old}'"
+        for child in self.client.search_runs([self.experiment_id], where, max_results=MAX_CHILDREN):
+            self.client.set_tag(child.info.run_id, "mlflow.parentRunId", new)
 
     def new_parent(self, cell: Cell, old: str) -> "Run":
         """An empty parent in place of one, whose children it takes: a curve that was logged cannot be changed."""
         with _locked(folder_of(uri_of(self._root), self._root)):
             self.client.delete_run(old)
             found = self.parent(cell)
-            where = f"tags.`mlflow.parentRunId` = '{old}'"
-            for child in self.client.search_runs([self.experiment_id], where, max_results=MAX_CHILDREN):
-                self.client.set_tag(child.info.run_id, "mlflow.parentRunId", found.info.run_id)
+            self._adopt(old, found.info.run_id)
         return found
 
     def _describe(self, found: "Run", run: Mapping[str, Any]) -> None:
@@ -276,6 +338,11 @@ def client_of(uri: str) -> "MlflowClient":
 
     for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not uri.startswith(("http://", "https://")):
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = DATABASE_RETRIES
+        logging.getLogger(utils.__name__).setLevel(logging.ERROR)  # it warns of each try
     return MlflowClient(tracking_uri=uri)
 
 
