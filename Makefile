@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run check test lint acceptance bench gemma ui flow serve clean
+.PHONY: help install run check test lint acceptance bench gemma ui flow serve secrets clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -54,6 +54,9 @@ flow: $(STAMP) ## the same pipeline as a Prefect flow, with a temporary server
 
 serve: $(STAMP) ## Prefect server on http://127.0.0.1:4200 and the nightly deployment
 	@python -m pipelines.serve
+
+secrets: ## random passwords for compose.yaml, in .env
+	@$(PYTHON) container/make_env.py
 
 clean: ## remove the environment (data, models and results stay)
 	rm -rf $(VENV)

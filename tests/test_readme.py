@@ -65,16 +65,6 @@ def test_the_readmes_library_lines_run() -> None:
     assert type(names["model"][0]) is torch.nn.Linear
 
 
-def test_the_container_installs_and_runs_the_same_commands() -> None:
-    text = (ROOT / "Dockerfile").read_text()
-    for line in re.findall(r"^COPY (.+)$", text, flags=re.MULTILINE):
-        *sources, _ = line.split()
-        assert all((ROOT / source).exists() for source in sources), line
-    called = set(re.findall(r"\bmake ([a-z]+)$", text, flags=re.MULTILINE))
-    assert called and called <= TARGETS
-    assert 'ENTRYPOINT ["make"]' in text and re.search(r'^CMD \["run"\]$', text, flags=re.MULTILINE)
-
-
 def test_ci_calls_the_readmes_test_command_and_acceptance() -> None:
     lines = (ROOT / ".ci/run").read_text().splitlines()
     assert [line for line in lines if line.startswith("make ")] == ["make test", "make acceptance"]
