@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from molf.config import PARAMS
 from molf.paths import SCRATCH, own_tools, write_text
+from molf.secrets import concealed
 from pipelines.graph import Job
 
 FLOW = SCRATCH / "flow"  # below the checkout: runs/, cells/, locks/, logs/
@@ -44,7 +45,7 @@ def git(root: Path, *arguments: str, environment: Mapping[str, str] | None = Non
         check=False,
     )
     if done.returncode:
-        raise GitFailed(f"`git {' '.join(arguments)}` in {root}: {(done.stderr or done.stdout).strip()}")
+        raise GitFailed(concealed(f"`git {' '.join(arguments)}` in {root}: {(done.stderr or done.stdout).strip()}"))
     return done.stdout.strip()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from molf.errors import plain
+from molf.secrets import concealed
 
 GUARD = Path(__file__).with_name("guard.py")
 _DVC_SAYS = re.compile(r"failed to run: .*, exited with (-?\d+)")
@@ -64,7 +65,7 @@ def stream(
     log: Path | None = None,
     held: Sequence[int] = (),
 ) -> str:
-    """Runs a command and hands on each line that it prints as soon as it is there.
+    """Runs a command and hands on each line that it prints as soon as it is there, secrets masked.
 
     The command and all that it starts end with this process, however that ends: nothing trains on unseen.
 
@@ -119,7 +120,7 @@ def _lines(
     try:
         for raw in guarded.stdout:
             line = raw.decode("utf-8", "replace").rstrip().rpartition("\r")[2]
-            said.append(plain(line))
+            said.append(plain(concealed(line, environment)))
             yield said[-1]
         code = guarded.wait()
     finally:

@@ -27,7 +27,7 @@ from molf.errors import plain
 from molf.paths import BASE_METHOD, SCRATCH, Cell, write_text
 from molf.report import lacking as lacking_cells
 from molf.report.lacking import Kind, Lack
-from pipelines import checkout, graph, locks, publish
+from pipelines import blocks, checkout, graph, locks, publish
 from pipelines.checkout import FLOW, Place, git
 from pipelines.commands import CommandFailed, ended_together, stream
 from pipelines.graph import Graph, Job
@@ -79,6 +79,7 @@ def compare_methods(
         NotSetUp: There is no remote to push to, or fewer GPUs than a cell takes.
     """
     log = get_run_logger()
+    os.environ.update(blocks.from_blocks())  # for all commands; and `concealed` knows them
     home = checkout.home(Path(os.environ.get("MOLF_CHECKOUT", ROOT)))
     if push:
         _check_remotes(home)

@@ -1,6 +1,7 @@
 """What a flow run leaves behind: Prefect's artifacts, and one commit."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def artifacts(place: Place, experiment: str) -> dict[str, str]:
         description="Which method to use, and how sure that is",
     )
     links = {"report": (place.root / REPORTS / "report.html").as_uri()}
-    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    server = re.sub(r"(?<=://)[^/@]*@", "", os.environ.get("MLFLOW_TRACKING_URI", ""))  # without name and password
     page = tracking.comparison_address(place.root / REPORTS, experiment, place.home)
     if page:
         links["mlflow"] = (server if server.startswith("http") else "http://127.0.0.1:5000").rstrip("/") + "/" + page

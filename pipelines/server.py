@@ -17,7 +17,7 @@ from pipelines.commands import GUARD
 HOST = "127.0.0.1"
 STARTUP = 180.0  # seconds; a first start makes the database
 GRACE = 40.0  # seconds to end, the guard's own among them
-QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_CLI_PROMPT": "false"}
+QUIET = {"PREFECT_CLI_PROMPT": "false"}
 
 
 class NoServer(RuntimeError):

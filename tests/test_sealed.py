@@ -8,7 +8,8 @@ import pytest
 
 from molf.paths import PRIVATE
 from tests import sealed
-from tests.conftest import SMALL, Project
+from tests.conftest import ROOT, SMALL, Project
+from tests.pipelines.toy import Toy
 from tests.planted import MARK, PLANTED, leaks
 
 watched = pytest.mark.skipif(bool(sealed.lacking()), reason=sealed.lacking())
@@ -152,3 +153,43 @@ def test_a_leak_is_found_wherever_it_is(tmp_path: Path) -> None:
         subprocess.run(command.split(), cwd=repository, check=True)
     (repository / "gone").unlink()
     assert leaks(tmp_path) == ["repository: git's objects", "rows.parquet", "store.db", "text"]
+
+
+# Prefect's own server for as long as the flow runs; a Secret block is there before it begins.
+FLOW = """
+import runpy, sys
+import pipelines
+from prefect.blocks.system import Secret
+
+if len(sys.argv) > 1:
+    Secret(value=sys.argv.pop()).save("molf-env-from-a-block")
+runpy.run_module("pipelines.flow", run_name="__main__")
+"""
+
+
+@watched
+@pytest.mark.acceptance
+def test_a_flow_without_a_network_and_a_stage_that_prints_its_environment(tmp_path: Path) -> None:
+    toy, home = Toy(tmp_path, methods=["fft"]), tmp_path / "home"
+    home.mkdir()
+    script = toy.root / "stage.py"
+    tell = 'if "train@" in name and "-fft-" in name:\n    print(dict(os.environ), flush=True)\n    sys.exit(3)\n'
+    script.write_text(script.read_text().replace("order = toy", tell + "order = toy"))
+    (toy.root / ".env").write_text(f"HF_TOKEN={MARK}")  # git ignores it, and so no commit of the flow may have it
+    toy.commit("a stage that tells too much")
+    environment = sealed.bare(
+        home,
+        root=ROOT,
+        **PLANTED,
+        MOLF_CHECKOUT=str(toy.root),
+        TOY=str(toy.notes),
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
+    )
+    command = [sys.executable, "-c", FLOW, f"{MARK}-block"]
+    ran = sealed.run(command, toy.root, environment)
+    assert ran.code == 1 and "1 of 2 cells lack" in ran.said, ran.said
+    assert "'FROM_A_BLOCK': '***'" in ran.said and "'HF_TOKEN': '***'" in ran.said, ran.said
+    assert ran.tried == []
+    assert MARK not in ran.said
+    assert next(home.rglob("prefect.db")).stat().st_size
+    assert leaks(tmp_path) == ["project/.env"], "only where it was put"

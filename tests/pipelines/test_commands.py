@@ -165,3 +165,15 @@ stream([{sys.executable!r}, "-c", {program!r}], Path({str(tmp_path)!r}), print)
         os.kill(process.pid, signal.SIGKILL)
     until(lambda: not alive(pid), 40)
     assert saved.read_text() == "saved "
+
+
+def test_no_line_shows_a_secret(tmp_path: Path) -> None:
+    secret = "correct-horse-7f3a9c"
+    shown: list[str] = []
+    command = [sys.executable, "-c", "import os; print('error:', dict(os.environ)); raise SystemExit(3)"]
+    environment = {**os.environ, "HF_TOKEN": secret}
+    with pytest.raises(CommandFailed, match=r"'HF_TOKEN': '\*\*\*'") as raised:
+        stream(command, tmp_path, shown.append, environment, tmp_path / "log")
+    logged = (tmp_path / "log").read_text()
+    assert "'HF_TOKEN': '***'" in logged and logged == "\n".join([*shown, ""])
+    assert secret not in logged + str(raised.value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.server import NoServer, answers, server, taken
+from pipelines.server import NoServer, server, taken
 
 
 def call(api: str, path: str, **body: Any) -> Any:
