@@ -117,10 +117,8 @@ class Root:
 
 def prepare(root: Path, share: list[str]) -> None:
     """Makes the clean root and mounts what a container has; the mounts end with this process's namespace."""
-    if not (root / "usr").exists():
-        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(root)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (root / "usr/local/bin/python").unlink(missing_ok=True)
+    command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(root)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     subprocess.run(["mount", "-t", "proc", "proc", root / "proc"], check=True)
@@ -142,13 +140,17 @@ def main() -> None:
     parser.add_argument(
         "--share", action="append", default=[], help="a path of this machine seen inside: pip's settings"
     )
-    parser.add_argument("--keep", type=Path, help="the root's folder; it stays, and is used again (default: none)")
+    parser.add_argument(
+        "--keep", type=Path, help="a new folder for the root, which then stays (default: a temporary one)"
+    )
     options = parser.parse_args()
     if os.environ.get("TRY_IMAGE") != "inside":
         if os.geteuid():
             sys.exit("error: chroot and debootstrap need root")
         if shutil.which("debootstrap") is None:
             sys.exit("error: no debootstrap; apt-get install debootstrap")
+        if options.keep and options.keep.exists() and any(options.keep.iterdir()):
+            sys.exit(f"error: --keep {options.keep}: it is not empty; give a new folder")
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", sys.executable, *sys.argv]
         os.execvpe(own[0], own, {**os.environ, "TRY_IMAGE": "inside"})
     folder = options.keep or Path(tempfile.mkdtemp(prefix="image-", dir="/var/tmp"))
