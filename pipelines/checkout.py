@@ -101,7 +101,7 @@ def snapshot(root: Path, parent: str, message: str, ref: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / "index"
         if index.exists():
-            shutil.copyfile(index, own)
+            shutil.copy2(index, own)  # with its time, by which git knows entries that are as young as the index
         environment = {"GIT_INDEX_FILE": str(own)}
         git(root, "add", "--all", environment=environment)
         tree = git(root, "write-tree", environment=environment)

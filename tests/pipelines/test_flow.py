@@ -176,9 +176,9 @@ def test_two_runs_at_once_do_each_cell_once_and_nothing_that_was_done(toy: Toy) 
     runs = [toy.start("--methods", "fft", "lora", "molf") for _ in range(2)]
     said = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
-    new = [f"{stage}@tiny-fact-{method}-0" for method in ("lora", "molf") for stage in ("train", "evaluate")]
-    ran = stages(toy)
-    assert sorted(name for name in ran if name != "compare") == sorted(new)
+    # The toy trains the same bytes at any rank, so that DVC sees nothing to evaluate anew of lora.
+    new = ["evaluate@tiny-fact-molf-0", "train@tiny-fact-lora-0", "train@tiny-fact-molf-0"]
+    assert sorted(name for name in stages(toy) if name != "compare") == new
     for branch in (name for name in branches(toy) if name not in before):
         assert "4 evaluations compared." in toy.git("show", f"{branch}:reports/comparison.md")
         assert "molf" in toy.git("diff", "main", branch, "--", "params.yaml")
