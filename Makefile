@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run check test lint acceptance bench gemma ui flow serve secrets clean
+.PHONY: help install run check test lint acceptance bench gemma ui flow serve deploy worker secrets clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,8 +52,15 @@ ui: $(STAMP) ## MLflow's page on http://127.0.0.1:5000
 flow: $(STAMP) ## the same pipeline as a Prefect flow, with a temporary server
 	@python -m pipelines.flow
 
-serve: $(STAMP) ## Prefect server on http://127.0.0.1:4200 and the nightly deployment
+serve: $(STAMP) ## Prefect's server on http://127.0.0.1:4200, and all deployments run from here
 	@python -m pipelines.serve
+
+deploy: $(STAMP) ## register the deployments with the server of PREFECT_API_URL, for workers
+	prefect --no-prompt work-pool inspect molf >/dev/null 2>&1 || prefect --no-prompt work-pool create molf --type process
+	PYTHONPATH=$(CURDIR) prefect --no-prompt deploy --all
+
+worker: $(STAMP) ## run flow runs of the work pool molf in this clone
+	PYTHONPATH=$(CURDIR) prefect --no-prompt worker start --pool molf --type process
 
 secrets: ## random passwords for compose.yaml, in .env
 	@$(PYTHON) container/make_env.py

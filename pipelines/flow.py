@@ -22,14 +22,15 @@ from prefect import flow, get_run_logger
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from molf.config import PARAMS, Params, load_params
+from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
 from molf.errors import plain
 from molf.paths import BASE_METHOD, SCRATCH, Cell, write_text
 from molf.report import lacking as lacking_cells
 from molf.report.lacking import Kind, Lack
-from pipelines import blocks, checkout, graph, locks, publish
+from pipelines import blocks, checkout, graph, locks, publish, versions
 from pipelines.checkout import FLOW, Place, git
 from pipelines.commands import CommandFailed, ended_together, stream
+from pipelines.form import HOME, Methods, Models, Others, Preset, Seeds, Tasks
 from pipelines.graph import Graph, Job
 from pipelines.tasks import Slots, cell, reproduce
 
@@ -47,25 +48,29 @@ class NotSetUp(ValueError):
 
 @flow(name="compare-methods", flow_run_name="compare-methods", task_runner=RUNNER)
 def compare_methods(
-    preset: str | None = None,
-    models: list[str] | None = None,
-    tasks: list[str] | None = None,
-    methods: list[str] | None = None,
-    seeds: list[int] | None = None,
-    params: dict[str, Any] | None = None,
+    preset: Preset = None,
+    models: Models = None,
+    tasks: Tasks = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    params: Others = None,
+    pin: bool = False,
     push: bool = False,
     promote: bool = False,
     in_place: bool = False,
 ) -> str:
     """Brings a grid up to date, its cells side by side, compares, and publishes the comparison.
 
+    What is left empty is as params.yaml says.
+
     Args:
-        preset: Of `molf preset`, applied to params.yaml first; None leaves it as it is.
-        models: The grid's models; None: those of params.yaml. So with the three that follow.
+        preset: Of `molf preset`, applied to params.yaml first.
+        models: The grid's models.
         tasks: The grid's tasks.
         methods: The grid's methods.
         seeds: The grid's seeds.
-        params: Any other keys of params.yaml with dots (`training.epochs`), and their values.
+        params: Any other keys of params.yaml with dots, and their values: {"training.epochs": 2}.
+        pin: First pins hub revisions and URLs anew in sources.lock, as `molf pin` does.
         push: Also sends results to DVC's default remote and the branch to git's `origin`.
         promote: Also lets the best cell that passes params.yaml's gate become the champion.
         in_place: Works in the checkout itself, without a branch and a commit.
@@ -80,7 +85,7 @@ def compare_methods(
     """
     log = get_run_logger()
     os.environ.update(blocks.from_blocks())  # for all commands; and `concealed` knows them
-    home = checkout.home(Path(os.environ.get("MOLF_CHECKOUT", ROOT)))
+    home = checkout.home(HOME)
     if push:
         _check_remotes(home)
     key = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -93,12 +98,23 @@ def compare_methods(
     ):
         place = Place(home, home) if in_place else checkout.run_worktree(home, key)
         log.info(f"run {key} in {place.root}")
-        sentence = _compare(place, key, _changes(models, tasks, methods, seeds, params), preset, push, promote)
+        changes = _changes(models, tasks, methods, seeds, params)
+        seen = None if preset or changes else versions.hashes(home)
+        sentence = _compare(place, key, changes, preset, pin, push, promote, seen)
     return sentence
 
 
-def _compare(place: Place, key: str, changes: Mapping[str, Any], preset: str | None, push: bool, promote: bool) -> str:
-    """All steps of a run, in their order."""
+def _compare(
+    place: Place,
+    key: str,
+    changes: Mapping[str, Any],
+    preset: str | None,
+    pin: bool,
+    push: bool,
+    promote: bool,
+    hashes: versions.Hashes | None,
+) -> str:
+    """All steps of a run, in their order; with `hashes` it notes for the data watch what it was made from."""
     log = get_run_logger()
     logs = place.flow / "logs" / key
 
@@ -110,10 +126,13 @@ def _compare(place: Place, key: str, changes: Mapping[str, Any], preset: str | N
         run("molf", "preset", preset)
     if changes:
         checkout.edit(place.root / PARAMS, changes)
+    if pin:
+        run("molf", "pin")
     run("molf", "check")
     settings = load_params(place.root / PARAMS)
     stages = graph.read(place.root, run("dvc", "dag", "--dot", "compare", quiet=True))
     slots = Slots(place.flow / "slots", tuple(locks.gpus()), settings.flow.cpu_slots)
+    made_from = {} if hashes is None else versions.local(settings, place.home, hashes)
     failed = _before(place, stages, logs, slots, settings.flow.retries)
     done, lacking = _cells(place, key, stages, settings, slots, logs, failed)
 
@@ -146,6 +165,8 @@ def _compare(place: Place, key: str, changes: Mapping[str, Any], preset: str | N
             f"{len(lacking)} of {len(stages.jobs)} cells lack; the others are compared: "
             + "; ".join(f"{cell.name}: {lack.reason}" for cell, lack in lacking.items())
         )
+    if hashes is not None:
+        versions.record({**made_from, **versions.pinned(settings, place.root / SOURCES_LOCK)}, pin)
     if place.root != place.home:
         log.info(f"next: git diff HEAD...molf/{key}, then git merge molf/{key} && dvc checkout")
     sentence: str = comparison["sentence"]
@@ -311,6 +332,7 @@ def main() -> None:
     for axis in ("models", "tasks", "methods"):
         parser.add_argument(f"--{axis}", nargs="+", help="instead of grid's in params.yaml")
     parser.add_argument("--seeds", nargs="+", type=int, help="likewise")
+    parser.add_argument("--pin", action="store_true", help="pin hub revisions and URLs anew first, for this run")
     parser.add_argument("--push", action="store_true", help="send results to DVC's remote and the branch to origin")
     parser.add_argument("--promote", action="store_true", help="let the best cell that passes the gate be champion")
     parser.add_argument("--in-place", action="store_true", help="work in this checkout, without a branch and a commit")

@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -16,8 +16,6 @@ from pipelines.commands import GUARD
 
 HOST = "127.0.0.1"
 STARTUP = 180.0  # seconds; a first start makes the database
-GRACE = 40.0  # seconds to end, the guard's own among them
-QUIET = {"PREFECT_CLI_PROMPT": "false"}
 
 
 class NoServer(RuntimeError):
@@ -73,18 +71,11 @@ def server(port: int, environment: Mapping[str, str] | None = None, output: IO[b
             if answers(api)
             else f"port {port} is taken by another program; choose one with --port N"
         )
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-I", "-S", GUARD, Path(sys.executable).with_name("prefect")),
-            *("server", "start", "--host", HOST, "--port", str(port)),
-        ],
-        env={**own_tools(), **QUIET, "PREFECT_API_URL": api, **(environment or {})},
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=subprocess.STDOUT if output else None,
-        start_new_session=True,
-    )
-    try:
+    prefect = str(Path(sys.executable).with_name("prefect"))
+    command = [prefect, "server", "start", "--host", HOST, "--port", str(port)]
+    with guarded(
+        command, {"PREFECT_CLI_PROMPT": "false", "PREFECT_API_URL": api, **(environment or {})}, output=output
+    ) as process:
         end = time.monotonic() + STARTUP
         while not answers(api):
             if process.poll() is not None:
@@ -93,7 +84,37 @@ def server(port: int, environment: Mapping[str, str] | None = None, output: IO[b
                 raise NoServer(f"Prefect's server does not answer on port {port} after {STARTUP:.0f} s")
             time.sleep(0.2)
         yield api
+
+
+@contextlib.contextmanager
+def guarded(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    output: IO[bytes] | None = None,
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Runs a command until the `with` block is left: then by SIGTERM and at last SIGKILL, with all that it started.
+
+    All of it ends with this process too if that is killed. A terminal's Ctrl-C reaches this process alone.
+
+    Args:
+        command: Program and arguments.
+        environment: Variables beside this process' own.
+        cwd: Folder in which it runs; None: this process' own.
+        output: File for what it prints; None: this process' own.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(GUARD), *command],
+        cwd=cwd,
+        env={**own_tools(), **(environment or {})},
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        start_new_session=True,
+    )
+    try:
+        yield process
     finally:
         assert process.stdin is not None
-        process.stdin.close()  # at which the guard ends the server and all below it
-        process.wait(GRACE)
+        process.stdin.close()  # at which the guard ends the command and all below it
+        process.wait()

@@ -1,12 +1,7 @@
 """The flow's parts, and the flow and a served schedule for real."""
 
-import importlib
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -15,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from pipelines import checkout, graph
 from pipelines.flow import ROOT
-from pipelines.serve import nightly
 from tests.conftest import Project
 from tests.pipelines.toy import Toy
 
@@ -78,23 +71,6 @@ def test_names_with_hyphens_do_not_confuse_cells(small: Path) -> None:
     dot = "".join(f'"train@{name}";\n' for name in names)
     # `m` with `t-t` and `m-t` with `t` are one name for DVC itself, which refuses such a grid.
     assert len(graph.read(small, dot).jobs) == 3
-
-
-def test_prefect_yaml_names_what_is_there() -> None:
-    deployment = nightly()
-    path, function = deployment["entrypoint"].split(":")
-    assert (ROOT / path).is_file()
-    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), function)
-    assert flow.name == "compare-methods"
-    pin = re.search(r"^prefect==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
-    assert pin and YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["prefect-version"] == pin[1]
-
-
-def test_the_nightly_schedule_is_one_that_prefect_takes() -> None:
-    from prefect.schedules import Cron
-
-    schedule = nightly()["schedules"][0]
-    assert Cron(schedule["cron"], timezone=schedule["timezone"]).cron == schedule["cron"]
 
 
 # --- acceptance ----------------------------------------------------------------------------------------------------
@@ -262,56 +238,3 @@ def test_the_real_pipeline_as_a_flow(project: Project, prefect_server: str, monk
     assert project.repro("compare") == [], "what the flow made is made again"
     runs = project.run(sys.executable, "-c", CELLS_IN_MLFLOW)
     assert "tiny/fact/molf/seed-0" in runs
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture
-def one_cell(project: Project) -> Project:
-    project.edit({"grid.methods": ["molf"]})
-    return project
-
-
-@pytest.mark.acceptance
-@pytest.mark.timeout(900)
-def test_a_served_deployment_fires(one_cell: Project, tmp_path: Path) -> None:
-    """A server, a deployment with a schedule of every minute, and the run that it starts."""
-    port, log = free_port(), tmp_path / "serve.log"
-    environment = {**one_cell.environment, "PREFECT_HOME": str(tmp_path / "prefect")}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "pipelines.serve", "--cron", "* * * * *", "--port", str(port)]
-    with log.open("wb") as file:
-        served = subprocess.Popen(
-            command, cwd=one_cell.root, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        completed = until(lambda: _completed(port) or (served.poll() is not None and log.read_text()), 600)
-        assert isinstance(completed, list), f"serve ended: {completed}"
-        assert completed[0]["name"] == "compare-methods" and completed[0]["auto_scheduled"]
-        assert (one_cell.root / "reports/comparison.json").is_file()
-        os.kill(served.pid, signal.SIGTERM)
-        served.wait(timeout=60)
-        with pytest.raises((urllib.error.URLError, OSError)):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5)
-    finally:
-        if served.poll() is None:
-            os.killpg(served.pid, signal.SIGKILL)
-
-
-def _completed(port: int) -> list[dict[str, Any]]:
-    """Flow runs that ended well, asked of the server itself."""
-    body = json.dumps({"flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}).encode()
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/api/flow_runs/filter", body, {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            runs: list[dict[str, Any]] = json.load(answer)
-    except (urllib.error.URLError, OSError):
-        return []
-    assert all(run["state_type"] == "COMPLETED" for run in runs), runs
-    return runs
