@@ -21,8 +21,9 @@ ENV PATH=/opt/venv/bin:$PATH \
 # The environment is a layer of its own: only a change of these three files installs it again. The package is
 # installed as a link to the code that comes after.
 ARG DEVICE=cpu
-# PyTorch's builds without CUDA, gigabytes smaller than the Python package index's.
-ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
+# PyTorch's index of builds without CUDA ("Get started" on its site names it): an image gigabytes smaller. Empty: the
+# default index, whose builds bring CUDA along.
+ARG CPU_INDEX=
 WORKDIR /image
 COPY pyproject.toml constraints.txt container/requirements.py ./
 RUN python -m venv /opt/venv \

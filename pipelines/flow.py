@@ -143,17 +143,18 @@ def _compare(
         run("dvc", "repro", "--single-item", stage)
     comparison = publish.table(place)
     run("molf", "track")
-    if promote:
-        try:
-            run("molf", "promote")
-        except CommandFailed as error:
-            if error.code != 1:
-                raise
     for what, link in publish.artifacts(place, settings.tracking.experiment).items():
         log.info(f"{what}: {link}")
     if place.root != place.home:
         commit = publish.commit(place, publish.message(comparison, lacking, key))
         log.info(f"branch molf/{key}: {'nothing changed' if commit is None else commit[:12]}")
+    if promote:  # after the commit, which the champion's record names
+        try:
+            run("molf", "promote")
+        except CommandFailed as error:
+            if error.code != 1:
+                raise
+            log.warning(f"no champion was made of a task or of all: {error.reason}")
     if push:
         run("dvc", "push", "--run-cache")
         if place.root != place.home:

@@ -226,10 +226,10 @@ print([run.info.run_name for run in client.search_runs([experiment.experiment_id
 @pytest.mark.acceptance
 @pytest.mark.timeout(900)
 def test_the_real_pipeline_as_a_flow(project: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cell of the real stages, in a copy of the project."""
+    """One cell of the real stages, in a copy of the project; it becomes the champion."""
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
-    project.edit({"grid.methods": ["molf"]})
-    said = project.run(sys.executable, "-m", "pipelines.flow")
+    project.edit({"grid.methods": ["molf"], "promotion.verdict": "any", "promotion.gain.untrained": None})
+    said = project.run(sys.executable, "-m", "pipelines.flow", "--promote")
     assert "tiny/fact/molf/seed-0: score" in said, "the stages' lines are not streamed"
     [branch] = re.findall(r"branch (molf/\S+):", said)
     assert "| molf " in project.run("git", "show", f"{branch}:reports/comparison.md")
@@ -238,3 +238,5 @@ def test_the_real_pipeline_as_a_flow(project: Project, prefect_server: str, monk
     assert project.repro("compare") == [], "what the flow made is made again"
     runs = project.run(sys.executable, "-c", CELLS_IN_MLFLOW)
     assert "tiny/fact/molf/seed-0" in runs
+    champion = project.run("molf", "champion", "--task", "fact")
+    assert "tiny/fact/molf/seed-0" in champion and project.run("git", "rev-parse", branch).strip()[:12] in champion
