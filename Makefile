@@ -59,8 +59,8 @@ deploy: $(STAMP) ## register the deployments with the server of PREFECT_API_URL,
 	prefect --no-prompt work-pool inspect molf >/dev/null 2>&1 || prefect --no-prompt work-pool create molf --type process
 	PYTHONPATH=$(CURDIR) prefect --no-prompt deploy --all
 
-worker: $(STAMP) ## run flow runs of the work pool molf in this clone
-	PYTHONPATH=$(CURDIR) prefect --no-prompt worker start --pool molf --type process
+worker: $(STAMP) ## run flow runs of a work pool in this clone: POOL=molf, LIMIT= at once
+	PYTHONPATH=$(CURDIR) prefect --no-prompt worker start --pool $(or $(POOL),molf) --type process $(if $(LIMIT),--limit $(LIMIT))
 
 secrets: ## random passwords for compose.yaml, in .env
 	@$(PYTHON) container/make_env.py

@@ -23,16 +23,15 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
-from molf.errors import plain
-from molf.paths import BASE_METHOD, SCRATCH, Cell, write_text
+from molf.paths import BASE_METHOD, RESULTS, SCRATCH, Cell, write_text
 from molf.report import lacking as lacking_cells
 from molf.report.lacking import Kind, Lack
-from pipelines import blocks, checkout, graph, locks, publish, versions
+from pipelines import blocks, checkout, graph, locks, pool, publish, versions
 from pipelines.checkout import FLOW, Place, git
 from pipelines.commands import CommandFailed, ended_together, stream
 from pipelines.form import HOME, Methods, Models, Others, Preset, Seeds, Tasks
 from pipelines.graph import Graph, Job
-from pipelines.tasks import Slots, cell, reproduce
+from pipelines.tasks import NotSetUp, Slots, bring, cell, find, offer, reproduce, why
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)  # how many run at once, the slots say
@@ -40,10 +39,6 @@ RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)  # how many run at once, th
 
 class CellsLack(RuntimeError):
     """Cells failed; what the others say was compared and published."""
-
-
-class NotSetUp(ValueError):
-    """What the flow was asked for needs something that this checkout does not have."""
 
 
 @flow(name="compare-methods", flow_run_name="compare-methods", task_runner=RUNNER)
@@ -81,13 +76,13 @@ def compare_methods(
     Raises:
         CommandFailed: params.yaml has mistakes, or a command that all cells need failed.
         CellsLack: Cells failed; the comparison of the others is published.
-        NotSetUp: There is no remote to push to, or fewer GPUs than a cell takes.
+        NotSetUp: There is no remote to push to, no such work pool, or fewer GPUs than a cell takes.
     """
     log = get_run_logger()
     os.environ.update(blocks.from_blocks())  # for all commands; and `concealed` knows them
     home = checkout.home(HOME)
     if push:
-        _check_remotes(home)
+        _check_remotes(home, "push was asked for")
     key = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with (
         ended_together(),
@@ -130,13 +125,19 @@ def _compare(
         run("molf", "pin")
     run("molf", "check")
     settings = load_params(place.root / PARAMS)
+    if settings.flow.pool is not None:
+        _check_remotes(place.home, f"flow.pool is {settings.flow.pool}")
+        pool.check(settings.flow.pool)
     stages = graph.read(place.root, run("dvc", "dag", "--dot", "compare", quiet=True))
     slots = Slots(place.flow / "slots", tuple(locks.gpus()), settings.flow.cpu_slots)
     made_from = {} if hashes is None else versions.local(settings, place.home, hashes)
     failed = _before(place, stages, logs, slots, settings.flow.retries)
     done, lacking = _cells(place, key, stages, settings, slots, logs, failed)
 
-    if done:  # brings them from the run cache, and their hashes into dvc.lock
+    if done and settings.flow.pool is not None:  # dvc.lock has them; weights stay in the remote
+        bring(place, done, RESULTS)
+        run("dvc", "repro", "--single-item", "--allow-missing", *done)
+    elif done:  # brings them from the run cache, and their hashes into dvc.lock
         run("dvc", "repro", "--single-item", *done)
     lacking_cells.write(lacking, place.root)
     for stage in stages.after:
@@ -169,7 +170,8 @@ def _compare(
     if hashes is not None:
         versions.record({**made_from, **versions.pinned(settings, place.root / SOURCES_LOCK)}, pin)
     if place.root != place.home:
-        log.info(f"next: git diff HEAD...molf/{key}, then git merge molf/{key} && dvc checkout")
+        last = "checkout" if settings.flow.pool is None else "pull"
+        log.info(f"next: git diff HEAD...molf/{key}, then git merge molf/{key} && dvc {last}")
     sentence: str = comparison["sentence"]
     return sentence
 
@@ -217,22 +219,28 @@ def _cells(
             lacking[_cell(job)] = Lack(Kind.BEFORE, reason)
         elif not old.isdisjoint(job.stages):
             stale.append(job)
-    log.info(f"{len(stages.jobs)} cells: {len(stale)} to bring up to date, {slots.count} side by side")
+    where = f"{slots.count} side by side" if settings.flow.pool is None else f"by the pool {settings.flow.pool}"
+    log.info(f"{len(stages.jobs)} cells: {len(stale)} to bring up to date, {where}")
     if not stale:
         return [], lacking
+    gpus = {job: _gpus(job, settings) for job in stale}
     commit = checkout.snapshot(
         place.root,
         git(place.root, "rev-parse", "HEAD"),
         f"What the cells of flow run {key} are made from",
         checkout.start_ref(key),
     )
+    if settings.flow.pool is not None:
+        failures = _in_pool(place, key, commit, gpus, old, settings)
+        lacking |= {_cell(job): lack for job, lack in failures.items()}
+        return [stage for job in stale if job not in failures for stage in job.stages], lacking
+    for count in gpus.values():
+        slots.check(count)
     free = threading.BoundedSemaphore(slots.count)
     futures: dict[Job, PrefectFuture[None]] = {}
     for job in stale:
         free.acquire()
-        futures[job] = cell.submit(
-            job, commit, place.home, logs, slots, _gpus(job, settings), settings.flow.retries, {}
-        )
+        futures[job] = cell.submit(job, commit, place.home, logs, slots, gpus[job], settings.flow.retries, {})
         futures[job].add_done_callback(lambda _: free.release())
     done: list[str] = []
     for job, future in futures.items():
@@ -243,6 +251,36 @@ def _cells(
             lacking[_cell(job)] = _lack(future.state)
             log.error(f"{_cell(job).name} failed: {lacking[_cell(job)].reason}")
     return done, lacking
+
+
+def _in_pool(
+    place: Place, key: str, commit: str, gpus: Mapping[Job, int], old: set[str], settings: Params
+) -> dict[Job, Lack]:
+    """Has a pool's workers run the cells that no machine has finished, and writes the others' hashes into dvc.lock.
+
+    Returns:
+        The cells that failed, with the reason.
+    """
+    log = get_run_logger()
+    assert settings.flow.pool is not None
+    kept = {stage for job in gpus for stage in job.stages} - old
+
+    def finished(jobs: Sequence[Job]) -> list[Job]:
+        found = find(place, jobs, [stage for job in jobs for stage in job.stages if stage in kept])
+        return [job for job in jobs if found.issuperset(job.stages)]
+
+    done = set(finished(list(gpus)))
+    left = {job: count for job, count in gpus.items() if job not in done}
+    log.info(f"{len(done)} of them are in the remote already")
+    if not left:
+        return {}
+    offer(place, list(left), [stage for job in left for stage in job.stages if stage in kept])
+    git(place.root, "push", "--quiet", "origin", f"{commit}:{checkout.start_ref(key)}")
+    lock = "checkout" if place.root == place.home else f"run-{key}"
+    flow = settings.flow
+    return pool.run_cells(
+        settings.flow.pool, place.home, key, lock, commit, left, flow.retries, flow.lost_after, finished
+    )
 
 
 def _stale(place: Place, stages: Graph) -> set[str]:
@@ -274,18 +312,7 @@ def _cell(job: Job) -> Cell:
 
 def _lack(state: Any) -> Lack:
     """Why a task failed."""
-    error = state.result(raise_on_failure=False)
-    reason = plain(" ".join(str(error).split())) or type(error).__name__
-    kind = Kind.FAILED
-    if isinstance(error, CommandFailed):
-        reason = error.reason
-        if error.out_of_memory:
-            kind = Kind.MEMORY
-        elif error.may_pass:
-            kind = Kind.LOST
-        elif error.stage_code == 2:
-            kind = Kind.INPUT
-    return Lack(kind, reason)
+    return why(state.result(raise_on_failure=False))
 
 
 def _changes(
@@ -300,7 +327,7 @@ def _changes(
     return {**{f"grid.{name}": list(values) for name, values in grid.items() if values}, **(params or {})}
 
 
-def _check_remotes(home: Path) -> None:
+def _check_remotes(home: Path, why: str) -> None:
     """Says before hours of work that their results could not be pushed.
 
     Raises:
@@ -314,7 +341,7 @@ def _check_remotes(home: Path) -> None:
     if not Config(str(home / ".dvc"))["core"].get("remote"):
         lacking.append("DVC has no default remote: dvc remote add --default NAME ADDRESS")
     if lacking:
-        raise NotSetUp("push was asked for, but " + "; ".join(lacking))
+        raise NotSetUp(f"{why}, but " + "; ".join(lacking))
 
 
 def _tidy(place: Place, keep: int) -> None:

@@ -50,6 +50,14 @@ def any_of(
         time.sleep(POLL)
 
 
+def is_held(path: Path) -> bool:
+    """Whether any process holds a lock at this moment."""
+    if (descriptor := _try(path)) is None:
+        return True
+    os.close(descriptor)
+    return False
+
+
 def _try(path: Path) -> int | None:
     """Takes a lock if it is free."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,19 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from molf.errors import plain
 from molf.paths import SCRATCH, read_json, write_json
-from pipelines import checkout, locks
+from molf.report.lacking import Kind, Lack
+from pipelines import checkout, exchange, locks
 from pipelines.checkout import Place
 from pipelines.commands import CommandFailed, stream
 from pipelines.graph import Job
 
 SPLIT = SCRATCH / "micro_batches"  # of a worktree: what its next try of a training gets as MOLF_MICRO_BATCHES
+
+
+class NotSetUp(ValueError):
+    """What a flow was asked for needs something that is not there."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,18 @@ class Slots:
     def count(self) -> int:
         return len(self.gpus) or self.cpu
 
+    def check(self, count: int) -> None:
+        """Refuses a cell that would wait forever.
+
+        Raises:
+            NotSetUp: It takes more GPUs than there are.
+        """
+        if 0 < len(self.gpus) < count:
+            raise NotSetUp(
+                f"training.processes: a cell takes {count} GPUs, this machine has {len(self.gpus)} "
+                f"({', '.join(self.gpus)}); set it to {len(self.gpus)} or less, or run on a larger machine"
+            )
+
     @contextlib.contextmanager
     def hold(self, count: int, waiting: Callable[[], object]) -> Iterator[tuple[list[int], dict[str, str]]]:
         """Waits for `count` GPUs, or a slot without; yields descriptors that hold them, and the environment."""
@@ -55,6 +73,21 @@ def may_pass(_task: object, _run: object, state: Any) -> bool:
     """Prefect's question whether to try again: only what can pass, a killed stage or one that ran out of memory."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, CommandFailed) and error.may_pass
+
+
+def why(error: Any) -> Lack:
+    """Why a cell lacks, by the error that ended it."""
+    reason = plain(" ".join(str(error).split())) or type(error).__name__
+    kind = Kind.INPUT if isinstance(error, NotSetUp) else Kind.FAILED
+    if isinstance(error, CommandFailed):
+        reason = error.reason
+        if error.out_of_memory:
+            kind = Kind.MEMORY
+        elif error.may_pass:
+            kind = Kind.LOST
+        elif error.stage_code == 2:
+            kind = Kind.INPUT
+    return Lack(kind, reason)
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, retry_delay_seconds=1, retry_condition_fn=may_pass)
@@ -96,9 +129,50 @@ def reproduce(
             raise
 
 
+TRANSFER: Any = {"cache_policy": NO_CACHE, "retries": 3, "retry_delay_seconds": 10}  # for networks that fail at times
+
+
+@task(task_run_name="find", **TRANSFER)
+def find(place: Place, jobs: Sequence[Job], kept: Sequence[str]) -> set[str]:
+    """Writes into dvc.lock what any machine has finished of cells; returns those stages, and those kept."""
+    return exchange.find(place, jobs, kept, get_run_logger().debug)
+
+
+@task(task_run_name="offer", **TRANSFER)
+def offer(place: Place, jobs: Sequence[Job], kept: Sequence[str]) -> None:
+    """Sends the remote what cells are made from."""
+    exchange.offer(place, jobs, kept, get_run_logger().debug)
+
+
+@task(task_run_name="bring", **TRANSFER)
+def bring(place: Place, stages: Sequence[str], below: Path) -> None:
+    """Brings the outputs of stages that lie below a folder."""
+    exchange.bring(place, stages, below, get_run_logger().debug)
+
+
+@task(task_run_name="take {job.key}", **TRANSFER)
+def take(job: Job, place: Place, log: Path, held: Sequence[int]) -> set[str]:
+    """Brings what a cell needs from the remote; returns the stages that another machine has finished."""
+    return exchange.take(place, job, get_run_logger().info, log, held)
+
+
+@task(task_run_name="send {stage}", **TRANSFER)
+def send(stage: str, place: Place, log: Path, held: Sequence[int]) -> None:
+    """Sends what a stage has made to the remote."""
+    exchange.send(place, stage, get_run_logger().info, log, held)
+
+
 @task(task_run_name="{job.key}", cache_policy=NO_CACHE)
 def cell(
-    job: Job, commit: str, home: Path, logs: Path, slots: Slots, count: int, retries: int, extra: dict[str, str]
+    job: Job,
+    commit: str,
+    home: Path,
+    logs: Path,
+    slots: Slots,
+    count: int,
+    retries: int,
+    extra: dict[str, str],
+    remote: bool = False,
 ) -> None:
     """Brings a cell's stages up to date, one after another, in a worktree of its own that is removed when all are.
 
@@ -111,6 +185,7 @@ def cell(
         count: GPUs that it takes.
         retries: Of a stage.
         extra: Environment beside the place's.
+        remote: Whether what it needs comes from DVC's default remote, and what it makes goes there.
 
     Raises:
         CommandFailed: A stage failed; the worktree and its checkpoint stay for the next run.
@@ -119,14 +194,23 @@ def cell(
     mine = home / checkout.FLOW / "locks" / job.key
     with locks.lock(mine, lambda: logger.info("another run is at this cell; waits for it")) as held:
         place = checkout.cell_worktree(home, commit, job)
-        stream(
-            ["dvc", "checkout", "--quiet", "--with-deps", "--allow-missing", *job.stages],
-            place.root,
-            logger.info,
-            place.environment(),
-            held=[held],
-        )
+        finished: set[str] = set()
+        if remote:
+            finished = take(job, place, logs / f"{job.key}.log", [held])
+        else:
+            stream(
+                ["dvc", "checkout", "--quiet", "--with-deps", "--allow-missing", *job.stages],
+                place.root,
+                logger.info,
+                place.environment(),
+                held=[held],
+            )
         for stage in job.stages:
+            if stage in finished:
+                logger.info(f"{stage} was finished before")
+                continue
             run = reproduce.with_options(retries=retries)
             run(stage, place, logs / f"{stage}.log", slots, count, [held], extra)
+            if remote:
+                send(stage, place, logs / f"{job.key}.log", [held])
         checkout.remove_worktree(home, place.root)

@@ -124,6 +124,10 @@ class Flow(Block):
         2  # of a stage that was killed or ran out of memory; other failures are final
     )
     keep_runs: Count = 5  # worktrees of ended runs that stay, the newest ones; their branches stay in any case
+    pool: str | None = None  # Prefect's work pool whose workers run the cells; None: this machine does
+    lost_after: Annotated[int, Field(ge=6)] = (
+        180  # s without a sign of life from a cell in a pool, after which it is given out again; a sixth between signs
+    )
 
 
 class Params(Block):

@@ -34,9 +34,11 @@ if order.exists():
         order.write_text(json.dumps({**told, "times": told.get("times", 1) - 1}))
         if "say" in told:
             print(told["say"], flush=True)
-        if "sleep" in told:
+        if "sleep" in told or "until" in told:
             (toy / f"{name}.pid").write_text(str(os.getpid()))
-            time.sleep(told["sleep"])
+            time.sleep(told.get("sleep", 0))
+        while "until" in told and not os.path.exists(told["until"]):
+            time.sleep(0.1)
         if "signal" in told:
             os.kill(os.getpid(), told["signal"])
         if "exit" in told:
@@ -160,7 +162,7 @@ class Toy:
         checkout.edit(self.root / "params.yaml", changes)
 
     def tell(self, stage: str, **order: Any) -> None:
-        """Tells a stage to misbehave `times` times: say=, sleep=, signal=, exit=."""
+        """Tells a stage to misbehave `times` times: say=, sleep=, until= a file is there, signal=, exit=."""
         (self.notes / stage).write_text(json.dumps(order))
 
     def ran(self) -> list[dict[str, Any]]:
