@@ -29,7 +29,7 @@ from molf.report.lacking import Kind, Lack
 from pipelines import blocks, checkout, graph, locks, pool, publish, versions
 from pipelines.checkout import FLOW, Place, git
 from pipelines.commands import CommandFailed, ended_together, stream
-from pipelines.form import HOME, Methods, Models, Others, Preset, Seeds, Tasks
+from pipelines.form import HOME, NONE, NOTHING, Methods, Models, Others, Preset, Seeds, Tasks
 from pipelines.graph import Graph, Job
 from pipelines.tasks import NotSetUp, Slots, bring, cell, find, offer, reproduce, why
 
@@ -43,12 +43,12 @@ class CellsLack(RuntimeError):
 
 @flow(name="compare-methods", flow_run_name="compare-methods", task_runner=RUNNER)
 def compare_methods(
-    preset: Preset = None,
-    models: Models = None,
-    tasks: Tasks = None,
-    methods: Methods = None,
-    seeds: Seeds = None,
-    params: Others = None,
+    preset: Preset | None = None,
+    models: Models = NONE,
+    tasks: Tasks = NONE,
+    methods: Methods = NONE,
+    seeds: Seeds = NONE,
+    params: Others = NOTHING,
     pin: bool = False,
     push: bool = False,
     promote: bool = False,

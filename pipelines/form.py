@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from molf import presets
 from molf.config import PARAMS, read_yaml
@@ -40,12 +40,14 @@ def several(values: Sequence[str]) -> dict[str, Any]:
     return {"type": "array", "items": {"type": "string", "enum": list(values)}, "uniqueItems": True}
 
 
-# Without a null among the types, Prefect's page shows the choices at once; empty is null all the same.
-Preset = Annotated[str | None, WithJsonSchema({"type": "string", "enum": [*presets.names(), None]})]
+# Empty, as a field is that nobody touched; null beside a list would make Prefect's page ask which of the two it is.
+NONE: list[Any] = []
+NOTHING: dict[str, Any] = {}
+Preset = Annotated[str, Field(json_schema_extra={"enum": [*presets.names()]})]
 Models = Annotated[list[str] | None, WithJsonSchema(several(choices("models")))]
 Tasks = Annotated[list[str] | None, WithJsonSchema(several(choices("tasks")))]
 Methods = Annotated[list[str] | None, WithJsonSchema(several(choices("methods")))]
-Others = Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object"})]
 Seeds = Annotated[
     list[int] | None, WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}, "uniqueItems": True})
 ]
+Others = Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object"})]

@@ -79,7 +79,9 @@ def _reap() -> None:
 def main() -> int:
     """Returns the command's exit code; 128 + n if signal n ended it or if it was ended here."""
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C is the asking process' to judge
+        # A terminal's Ctrl-C is the asking process' to judge. Not SIG_IGN: the command would inherit it, and Prefect's
+        # worker ends by a SIGINT to its own child.
+        signal.signal(number, lambda number, frame: None)
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     with contextlib.suppress(OSError, AttributeError):

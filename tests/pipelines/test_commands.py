@@ -96,6 +96,11 @@ def test_a_killed_command_has_the_code_that_a_shell_gives(tmp_path: Path) -> Non
     assert failed.value.code == 137
 
 
+def test_a_command_does_not_inherit_that_the_guard_is_deaf_to_ctrl_c(tmp_path: Path) -> None:
+    program = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert stream(python(program), tmp_path, lambda line: None) == "True"
+
+
 @needs_proc
 def test_an_error_while_reading_ends_the_command_and_what_it_started(tmp_path: Path) -> None:
     pids: list[int] = []
