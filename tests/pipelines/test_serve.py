@@ -22,7 +22,6 @@ from pipelines import deployments, form, watch
 from pipelines.flow import compare_methods
 from pipelines.guard import descendants
 from pipelines.server import NoServer, answers, guarded, server, taken
-from pipelines.watch import TAG
 from tests.conftest import ROOT
 from tests.pipelines.conftest import free_port
 from tests.pipelines.test_commands import alive, needs_proc, until
@@ -153,10 +152,10 @@ def test_a_port_is_not_given_twice(prefect_server: str) -> None:
 
 @needs_proc
 @pytest.mark.acceptance
-def test_served_from_one_machine_a_change_starts_a_comparison_and_the_end_leaves_nothing(watched: Toy) -> None:
+def test_served_from_one_machine_the_form_starts_a_comparison_and_the_end_leaves_nothing(watched: Toy) -> None:
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    watched.tell("train@tiny-fact-fft-0", sleep=600)
+    watched.tell("train@tiny-fact-lora-3", sleep=600)
     with serving(watched, "--port", str(port)) as (process, said):
         again = subprocess.run(
             [sys.executable, "-m", "pipelines.serve", "--port", str(port)],
@@ -167,13 +166,10 @@ def test_served_from_one_machine_a_change_starts_a_comparison_and_the_end_leaves
         )
         assert again.returncode == 1 and f"already answers on port {port}" in again.stderr
 
-        deployment = call(api, "deployments/name/watch-data/hourly")
-        look = call(api, f"deployments/{deployment['id']}/create_flow_run", {})["id"]
-        assert until(lambda: ended(api, look), 120)["state_type"] == "COMPLETED", log(api, look)
-        until(lambda: "a comparison is started" in log(api, look), 30)
-        started = {"flow_runs": {"tags": {"any_": [TAG]}}}
-        (run,) = call(api, "flow_runs/filter", started)
-        training = watched.notes / "train@tiny-fact-fft-0.pid"
+        deployment = call(api, "deployments/name/compare-methods/on-demand")
+        asked = {"parameters": {"methods": ["lora"], "seeds": [3]}}
+        run = call(api, f"deployments/{deployment['id']}/create_flow_run", asked)
+        training = watched.notes / "train@tiny-fact-lora-3.pid"
         until(lambda: training.exists() or ended(api, run["id"]), 240)
         assert training.exists(), log(api, run["id"])
 
