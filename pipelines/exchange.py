@@ -76,18 +76,15 @@ def _spec(job: Job) -> str:
 
 
 class Traffic:
-    """A DVC project, and its default remote.
+    """The DVC project in the current folder, and its default remote."""
 
-    Args:
-        root: Its folder.
-    """
-
-    def __init__(self, root: Path = Path()) -> None:
+    def __init__(self) -> None:
         from dvc.repo import Repo
+        from dvc.stage import PipelineStage
 
-        self.repo = Repo(str(root))
+        self.repo = Repo()
         self.odb = self.repo.cloud.get_remote_odb(None, "fetch --run-cache", hash_name="md5-dos2unix")
-        self.stages = {stage.addressing: stage for stage in self.repo.index.stages}
+        self.stages = {stage.name: stage for stage in self.repo.index.stages if isinstance(stage, PipelineStage)}
         self.made = {out.def_path: out for stage in self.stages.values() for out in stage.outs}
         self.files: dict[str, Any] = {}  # dependencies that no stage makes, hashed
         self.hashing = threading.Lock()

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -22,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from molf.paths import own_tools
+from pipelines.exchange import Traffic
 from pipelines.guard import descendants
 from pipelines.tasks import NotSetUp, Slots
 from tests.conftest import QUIET, ROOT
@@ -330,31 +333,33 @@ def team(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
 
 @pytest.mark.acceptance
 def test_two_machines_run_the_cells_and_a_killed_coordinator_goes_on(team: Team, tmp_path: Path) -> None:
-    toy, held = team.toy, "train@tiny-fact-fft-0"
-    go = tmp_path / "go"
+    toy, training, baseline = team.toy, "train@tiny-fact-fft-0", "baseline@tiny-fact"
+    both, go = tmp_path / "both", tmp_path / "go"
     for machine in team.machines:
-        machine.tell(held, until=str(go))
-    flow = team.start()
+        machine.tell(training, until=str(go))
+        machine.tell(baseline, until=str(both))
+    flow = team.start("--methods", "fft")
     try:
-        first = flow.busy(held)
-        other = flow.busy("evaluate@tiny-fact-lora-0", but=first)  # one cell at a time, so the other has all others
-        entries = {"baseline@tiny-fact", "train@tiny-fact-lora-0", "evaluate@tiny-fact-lora-0"}
-        flow.until(lambda: len(team.shared.remote.put("/runs/")) == len(entries))
+        first, other = flow.busy(training), flow.busy(baseline)
+        assert first is not other, "a worker of one cell at a time ran two"
+        both.touch()
+        flow.until(lambda: team.shared.remote.put("/runs/"))
     finally:
         flow.kill()
 
-    again = team.start("--push")
+    again = team.start("--methods", "fft", "--push")
     again.until(lambda: "tiny.fact.fft.0 runs since an earlier run that was killed" in again.said)
     go.touch()
     said = again.end()
-    assert "2 of them are in the remote already" in said and "3 evaluations compared" in said
-    expected = ["baseline@tiny-fact"]
-    expected += [f"{stage}@tiny-fact-{method}-0" for stage in ("train", "evaluate") for method in ("fft", "lora")]
-    assert team.total() == sorted(expected), "each stage of a cell ran exactly once"
-    assert first.ran() and other.ran()
+    assert "1 of them are in the remote already" in said and "2 evaluations compared" in said
+    evaluation = "evaluate@tiny-fact-fft-0"
+    assert (first.ran(), other.ran()) == ([training, evaluation], [baseline]), "each stage of a cell ran exactly once"
     here = {line["stage"] for line in toy.ran()}
     assert here == {"prepare@fact", "base@tiny", "compare"}, "the coordinator ran a cell"
-    assert not list((toy.root / ".molf/flow/runs").glob("*/weights/*/*/*/*/made.txt")), "weights came here"
+    (run,) = (path for path in (toy.root / ".molf/flow/runs").iterdir() if (path / "reports/comparison.json").exists())
+    assert (run / "results/tiny/fact/fft/seed-0/evaluation/made.txt").exists()
+    assert not list((run / "weights").rglob("made.txt")), "weights came here"
+    assert len(team.shared.remote.put("/runs/")) == 3 + len(here), "entries of single stages, and those of --push"
 
 
 @pytest.mark.acceptance
@@ -366,7 +371,7 @@ def test_the_cell_of_a_dead_machine_goes_to_another_and_a_cancelled_coordinator_
     toy.edit({"training.epochs": 7})
     for machine in team.machines:
         machine.forget()
-        machine.tell(training, until=str(go))
+        machine.tell(training, until=str(go), mark="anew")  # or its evaluation would be found
         machine.tell(evaluation, until=str(tmp_path / "never"))
     flow = team.start("--methods", "fft")
     try:
@@ -385,6 +390,43 @@ def test_the_cell_of_a_dead_machine_goes_to_another_and_a_cancelled_coordinator_
     states = flow_runs(team.shared.api, f"run:{re.findall('run ([0-9]+-[0-9]+-[0-9a-f]+) in', flow.said)[0]}")
     assert sorted(run["state_type"] for run in states if run["name"] == "tiny.fact.fft.0") == ["CANCELLED", "CRASHED"]
     assert other.ran().count(training) == 1 and "baseline@tiny-fact" not in first.ran()
+
+
+@pytest.mark.acceptance
+def test_of_two_runs_of_one_cell_the_one_that_came_furthest_is_taken_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a machine is given up for lost, but only its network was."""
+    toy = Toy(tmp_path / "toy", methods=["fft"])
+    monkeypatch.chdir(toy.root)
+    config = toy.root / ".dvc/config"
+    config.write_text(f"{config.read_text()}    remote = disk\n['remote \"disk\"']\n    url = {tmp_path / 'remote'}\n")
+    stages = ["train@tiny-fact-fft-0", "evaluate@tiny-fact-fft-0"]
+    lock, load = toy.root / "dvc.lock", YAML(typ="safe").load
+
+    def repro(*names: str, mark: str = "") -> None:
+        command = ["dvc", "repro", "--quiet", "--single-item", *names]
+        subprocess.run(command, cwd=toy.root, env={**toy.environment, "TOY_MARK": mark}, check=True)
+
+    repro("prepare@fact", "base@tiny")
+    before = lock.read_text()
+    runs: dict[str, str] = {}
+    for mark in ("one", "two"):
+        lock.write_text(before)
+        shutil.rmtree(toy.root / ".dvc/cache/runs")
+        repro(*stages, mark=mark)
+        traffic = Traffic()
+        traffic.put(stages[0])
+        (name,) = {path.name for path in (tmp_path / "remote/runs").glob("*/*/*")} - set(runs)
+        runs[name] = lock.read_text()
+    assert Traffic().chain(stages, []).keys() == {stages[0]}
+    taken = runs[max(runs)]  # which comes second where both have trained only
+    lock.write_text(taken)
+    Traffic().put(stages[1])
+    lock.write_text(before)
+    traffic = Traffic()
+    traffic.write(traffic.chain(stages, []))
+    assert load(lock.read_text())["stages"] == load(taken)["stages"]
 
 
 def flow_runs(api: str, tag: str) -> list[dict[str, Any]]:

@@ -27,11 +27,12 @@ toy = pathlib.Path(os.environ["TOY"])
 with (toy / "ran.log").open("a") as file:
     shown = {key: os.environ.get(key) for key in ("MOLF_MICRO_BATCHES", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     print(json.dumps({"stage": name, "cwd": os.getcwd(), "time": time.time(), **shown}), file=file)
-order = toy / name
+order, mark = toy / name, os.environ.get("TOY_MARK", "")
 if order.exists():
     told = json.loads(order.read_text())
     if told.get("times", 1) > 0:
         order.write_text(json.dumps({**told, "times": told.get("times", 1) - 1}))
+        mark = told.get("mark", mark)
         if "say" in told:
             print(told["say"], flush=True)
         if "sleep" in told or "until" in told:
@@ -62,7 +63,7 @@ if name == "compare":
 else:
     for path in map(pathlib.Path, made):
         path.mkdir(parents=True, exist_ok=True)
-        (path / "made.txt").write_text(name)
+        (path / "made.txt").write_text(name + mark)
 '''
 CELL = "${item.model}/${item.task}/${item.method}/seed-${item.seed}"
 AXES = {axis: f"${{grid.{axis}s}}" for axis in ("model", "task", "method", "seed")}
@@ -162,7 +163,8 @@ class Toy:
         checkout.edit(self.root / "params.yaml", changes)
 
     def tell(self, stage: str, **order: Any) -> None:
-        """Tells a stage to misbehave `times` times: say=, sleep=, until= a file is there, signal=, exit=."""
+        """Tells a stage to misbehave `times` times: say=, sleep=, until= a file is there,
+        signal=, exit=; or to make something else: mark=."""
         (self.notes / stage).write_text(json.dumps(order))
 
     def ran(self) -> list[dict[str, Any]]:
