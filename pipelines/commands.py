@@ -65,24 +65,24 @@ def stream(
     log: Path | None = None,
     held: Sequence[int] = (),
 ) -> str:
-    """Runs a command and hands on each line that it prints as soon as it is there, secrets masked.
+    """Runs a command and hands on each line that it prints as soon as it is there.
 
     The command and all that it starts end with this process, however that ends: nothing trains on unseen.
 
     Args:
         command: Program and arguments.
         cwd: Folder in which it runs.
-        show: Takes one line, errors included; of a line that a progress bar rewrote, its last state.
+        show: Takes one line, errors included and secrets masked; of one that a progress bar rewrote, its last state.
         environment: All of it; None: this process' own.
-        log: File to which the lines are added as well.
+        log: File to which these lines are added as well.
         held: File descriptors that stay open until the last process of the command has ended: locks.
 
     Returns:
-        All lines.
+        All lines, nothing masked: an answer for a program, not to be shown.
 
     Raises:
         CommandFailed: The command did not exit with 0.
-        KeyboardInterrupt: `end_all` was called.
+        KeyboardInterrupt: The block of `ended_together` was left.
     """
     lines: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -91,10 +91,11 @@ def stream(
             file = stack.enter_context(log.open("a", encoding="utf-8"))
         for line in _lines(command, cwd, environment, held):
             lines.append(line)
+            masked = concealed(line, environment)
             if log is not None:
-                print(line, file=file, flush=True)
-            if line:
-                show(line)
+                print(masked, file=file, flush=True)
+            if masked:
+                show(masked)
     return "\n".join(lines)
 
 
@@ -115,12 +116,14 @@ def _lines(
         pass_fds=held,
     )
     _running.add(guarded)
+    if _ending.is_set():  # between the look above and now, so that nobody has closed it
+        guarded.stdin.close()  # type: ignore[union-attr]
     assert guarded.stdin is not None and guarded.stdout is not None
     said = []
     try:
         for raw in guarded.stdout:
             line = raw.decode("utf-8", "replace").rstrip().rpartition("\r")[2]
-            said.append(plain(concealed(line, environment)))
+            said.append(plain(line))
             yield said[-1]
         code = guarded.wait()
     finally:
@@ -132,7 +135,7 @@ def _lines(
     if _ending.is_set():
         raise KeyboardInterrupt
     if code:
-        raise CommandFailed(command, code, said)
+        raise CommandFailed(command, code, [concealed(line, environment) for line in said])
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ def test_secrets_and_results_stay_out_of_the_image_and_of_git(tmp_path: Path) ->
         "results/a/b.json",
         "data/general/x",
         ".dvc/cache/a",
+        ".dvc/config.local",
         "mlflow.db",
     ]
     for name in (*kept, *left):

@@ -67,6 +67,23 @@ def test_what_a_line_does_to_a_terminal_is_shown_instead(tmp_path: Path) -> None
     assert seen == [r"\x1b[2Jgone"]
 
 
+def test_secrets_are_masked_where_people_look_and_not_in_the_answer(tmp_path: Path) -> None:
+    """A variable may call an ordinary word secret, and an answer is read by a program."""
+    seen: list[str] = []
+    environment = {**os.environ, "SOME_TOKEN": "molf-efficient"}
+    said = stream(python("print('train@molf-efficient')"), tmp_path, seen.append, environment, tmp_path / "log")
+    assert said == "train@molf-efficient"
+    assert seen == ["train@***"] and (tmp_path / "log").read_text() == "train@***\n"
+    with pytest.raises(CommandFailed) as failed:
+        stream(
+            python("import os; raise SystemExit('failed: ' + os.environ['SOME_TOKEN'])"),
+            tmp_path,
+            seen.append,
+            environment,
+        )
+    assert "molf-efficient" not in str(failed.value)
+
+
 def test_a_failed_command_is_named_with_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match=r"exit code 3: error: no such thing"):
         stream(python("print('error: no such thing'); print('more'); raise SystemExit(3)"), tmp_path, lambda line: None)
