@@ -131,7 +131,9 @@ def share_cache(place: Place) -> None:
     cache = Config(str(place.home / ".dvc"))["cache"].get("dir") or place.home / ".dvc" / "cache"
     with Config(str(place.root / ".dvc"), validate=False).edit("local") as settings:
         settings.setdefault("cache", {}).update(dir=str(cache), type=LINKS)
-        settings.setdefault("core", {})["autostage"] = True  # or DVC advises at each stage to stage its lock file
+        # Autostage: or DVC advises at each stage to stage its lock file. The other: or DVC's notes on this worktree
+        # outlive it in /var/tmp.
+        settings.setdefault("core", {}).update(autostage=True, site_cache_dir=str(place.root / ".dvc" / "tmp" / "site"))
 
 
 def run_worktree(checkout: Path, key: str) -> Place:
@@ -150,16 +152,18 @@ def run_worktree(checkout: Path, key: str) -> Place:
 def cell_worktree(checkout: Path, commit: str, job: Job) -> Place:
     """A cell's own worktree at a commit, its params.yaml with a grid of this cell alone.
 
-    DVC's time grows with the grid, and so it stays short. What an earlier try has left is used again: its checkpoint.
+    DVC's time grows with the grid, and so it stays short. Of what an earlier try has left only its scratch folder is
+    used again, the checkpoint in it: a kill can leave git's and DVC's lock files, and files half written.
     """
     path = checkout / FLOW / "cells" / job.key
-    if (path / ".git").exists():
-        git(path, "update-index", "--no-skip-worktree", str(PARAMS))
-        git(path, "checkout", "--quiet", "--force", "--detach", commit)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-        git(checkout, "worktree", "prune")
-        git(checkout, "worktree", "add", "--quiet", "--force", "--detach", str(path), commit)
+    aside = path.with_name(f".{job.key}")  # at a kill between the two renames the next try finds it here
+    if (path / SCRATCH).exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        (path / SCRATCH).rename(aside)
+    remove_worktree(checkout, path)
+    git(checkout, "worktree", "add", "--quiet", "--detach", str(path), commit)
+    if aside.exists():
+        aside.rename(path / SCRATCH)
     place = Place(path, checkout)
     share_cache(place)
     narrow(path / PARAMS, job)
@@ -198,9 +202,11 @@ def edit(path: Path, changes: Mapping[str, object]) -> None:
 
 def remove_worktree(checkout: Path, path: Path) -> None:
     """Removes a worktree; its branch, if it has one, stays."""
-    with contextlib.suppress(GitFailed):
-        git(checkout, "worktree", "remove", "--force", str(path))
+    with contextlib.suppress(GitFailed):  # twice `--force`: also one that a kill left locked while git made it
+        git(checkout, "worktree", "remove", "--force", "--force", str(path))
     shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(GitFailed):
+        git(checkout, "worktree", "unlock", str(path))
     with contextlib.suppress(GitFailed):
         git(checkout, "worktree", "prune")
 

@@ -1,13 +1,18 @@
 """The comparison as a Prefect flow: the graph is DVC's, Prefect runs its cells side by side and shows what they say.
 
-`python -m pipelines.flow` runs it once; without a Prefect server set up, Prefect starts one for as long as it runs.
+`python -m pipelines.flow` runs it once; without a Prefect server set up, it starts one for as long as it runs.
 The checkout stays as it is: the flow works in git worktrees below .molf/flow and ends with one commit on a branch.
 """
 
 import argparse
+import atexit
+import contextlib
 import json
 import os
 import secrets
+import signal
+import socket
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,23 +22,30 @@ from typing import Any
 
 # A first start makes the server's database, which takes longer than Prefect's own limit on a small machine.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+# While the server is away, a request waits 2, 4, 8 ... seconds: a run outlasts eight minutes, with Prefect's 5 one.
+os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
 
+import httpx
 from prefect import flow, get_run_logger
+from prefect.exceptions import CancelledRun
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
-from molf.paths import BASE_METHOD, RESULTS, SCRATCH, Cell, write_text
+from molf.paths import BASE_METHOD, RESULTS, Cell
 from molf.report import lacking as lacking_cells
 from molf.report.lacking import Kind, Lack
-from pipelines import blocks, checkout, graph, locks, pool, publish, versions
+from pipelines import blocks, checkout, graph, locks, pool, publish, runs, versions
 from pipelines.checkout import FLOW, Place, git
 from pipelines.commands import CommandFailed, ended_together, stream
 from pipelines.form import HOME, NONE, NOTHING, Methods, Models, Others, Preset, Seeds, Tasks
 from pipelines.graph import Graph, Job
+from pipelines.server import HOST, NoServer, server
 from pipelines.tasks import NotSetUp, Slots, bring, cell, find, offer, reproduce, why
 
 ROOT = Path(__file__).resolve().parents[1]
+NEXT = "the next run goes on from the checkpoints"
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)  # how many run at once, the slots say
 
 
@@ -53,7 +65,7 @@ def compare_methods(
     push: bool = False,
     promote: bool = False,
     in_place: bool = False,
-) -> str:
+) -> Any:
     """Brings a grid up to date, its cells side by side, compares, and publishes the comparison.
 
     What is left empty is as params.yaml says.
@@ -71,7 +83,7 @@ def compare_methods(
         in_place: Works in the checkout itself, without a branch and a commit.
 
     Returns:
-        The comparison's verdict in one sentence.
+        The comparison's verdict in one sentence; Prefect's state Cancelled if the run was cancelled.
 
     Raises:
         CommandFailed: params.yaml has mistakes, or a command that all cells need failed.
@@ -84,18 +96,23 @@ def compare_methods(
     if push:
         _check_remotes(home, "push was asked for")
     key = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    with (
-        ended_together(),
-        locks.lock(
-            home / FLOW / "locks" / ("checkout" if in_place else f"run-{key}"),
-            lambda: log.info("another run works in this checkout; waits for it"),
-        ),
-    ):
-        place = Place(home, home) if in_place else checkout.run_worktree(home, key)
-        log.info(f"run {key} in {place.root}")
-        changes = _changes(models, tasks, methods, seeds, params)
-        seen = None if preset or changes else versions.hashes(home)
-        sentence = _compare(place, key, changes, preset, pin, push, promote, seen)
+    runs.begin(home)
+    mine = home / FLOW / "locks" / (runs.IN_PLACE if in_place else f"run-{key}")
+    root = home if in_place else home / FLOW / "runs" / key
+    try:
+        with (
+            runs.cancellable(),
+            ended_together(),
+            locks.lock(mine, lambda: log.info("another run works in this checkout; waits for it")),
+            runs.noted(mine, root),
+        ):
+            place = Place(home, home) if in_place else checkout.run_worktree(home, key)
+            log.info(f"run {key} in {place.root}")
+            changes = _changes(models, tasks, methods, seeds, params)
+            seen = None if preset or changes else versions.hashes(home)
+            sentence = _compare(place, key, changes, preset, pin, push, promote, seen)
+    except runs.Cancel:
+        return runs.cancelled()
     return sentence
 
 
@@ -276,7 +293,7 @@ def _in_pool(
         return {}
     offer(place, list(left), [stage for job in left for stage in job.stages if stage in kept])
     git(place.root, "push", "--quiet", "origin", f"{commit}:{checkout.start_ref(key)}")
-    lock = "checkout" if place.root == place.home else f"run-{key}"
+    lock = runs.IN_PLACE if place.root == place.home else f"run-{key}"
     flow = settings.flow
     return pool.run_cells(
         settings.flow.pool, place.home, key, lock, commit, left, flow.retries, flow.lost_after, finished
@@ -345,12 +362,10 @@ def _check_remotes(home: Path, why: str) -> None:
 
 
 def _tidy(place: Place, keep: int) -> None:
-    """Marks this run as ended and removes the worktrees of old ones."""
-    if place.root == place.home:
-        return
-    write_text(place.root / SCRATCH / "ended", "")
-    for path in checkout.old_runs(place.home, keep):
-        checkout.remove_worktree(place.home, path)
+    """Removes the worktrees of old runs, so that `keep` are left with this one's."""
+    if place.root != place.home:
+        for path in checkout.old_runs(place.home, keep - 1):
+            checkout.remove_worktree(place.home, path)
 
 
 def main() -> None:
@@ -364,12 +379,48 @@ def main() -> None:
     parser.add_argument("--push", action="store_true", help="send results to DVC's remote and the branch to origin")
     parser.add_argument("--promote", action="store_true", help="let the best cell that passes the gate be champion")
     parser.add_argument("--in-place", action="store_true", help="work in this checkout, without a branch and a commit")
+    options = vars(parser.parse_args())
+    signal.signal(signal.SIGTERM, _terminated)  # to which Prefect hands on what it catches during the run
     try:
-        compare_methods(**vars(parser.parse_args()))
-    except (CommandFailed, CellsLack, NotSetUp, checkout.GitFailed) as error:
+        if not PREFECT_API_URL.value():
+            _start_server()
+        compare_methods(**options)
+    except (CommandFailed, CellsLack, NotSetUp, NoServer, checkout.GitFailed, OSError) as error:
         raise SystemExit(f"failed: {error}") from None
+    except CancelledRun:
+        raise SystemExit(f"cancelled; {NEXT}") from None
+    except httpx.TransportError as error:
+        address = PREFECT_API_URL.value()
+        raise SystemExit(
+            f"failed: Prefect's server at {address} does not answer ({error}); start it (make serve), or unset "
+            f"PREFECT_API_URL for one that lives as long as the run; {NEXT}"
+        ) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the next run goes on from the checkpoints") from None
+        print(f"interrupted; {NEXT}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _start_server() -> None:
+    """Starts Prefect's server for as long as this process lives.
+
+    Not Prefect's own temporary one: a Ctrl-C would end it before the run has told it of its end, and a kill leave it.
+    """
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port = listener.getsockname()[1]
+    log = checkout.home(HOME) / FLOW / "logs" / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starts a Prefect server for this run ({log})", flush=True)
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)  # not sooner: what Prefect sends behind the run's back would wait for it in vain
+    output = stack.enter_context(log.open("wb"))
+    api = stack.enter_context(server(port, {"PREFECT_UI_ENABLED": "0"}, output))
+    stack.enter_context(temporary_settings({PREFECT_API_URL: api}))
+
+
+def _terminated(number: int, _frame: object) -> None:
+    print(f"ended by signal {number}; {NEXT}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

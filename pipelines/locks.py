@@ -24,6 +24,17 @@ def lock(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[i
 
 
 @contextlib.contextmanager
+def free(path: Path) -> Iterator[bool]:
+    """Holds a lock if nobody does; yields whether."""
+    descriptor = _try(path)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
 def any_of(
     paths: Sequence[Path], count: int, waiting: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[list[int], list[int]]]:
@@ -52,10 +63,10 @@ def any_of(
 
 def is_held(path: Path) -> bool:
     """Whether any process holds a lock at this moment."""
-    if (descriptor := _try(path)) is None:
-        return True
-    os.close(descriptor)
-    return False
+    if not path.exists():
+        return False
+    with free(path) as mine:
+        return not mine
 
 
 def _try(path: Path) -> int | None:

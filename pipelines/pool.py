@@ -39,7 +39,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from molf.config import PARAMS, load_params
 from molf.report.lacking import Kind, Lack
-from pipelines import blocks, checkout, locks
+from pipelines import blocks, checkout, locks, runs
 from pipelines.checkout import FLOW, git
 from pipelines.commands import ended_together
 from pipelines.graph import Job
@@ -74,9 +74,12 @@ def run_cell(job: Job, commit: str, key: str, gpus: int, retries: int, sign: flo
     Returns:
         Whether it is done; if not, `KIND: REASON` as the comparison says it.
     """
+    runs.outlive_output()
     try:
         os.environ.update(blocks.from_blocks())
         _run_cell(job, commit, key, gpus, retries, sign)
+    except runs.Cancel:
+        return runs.cancelled()
     except Exception as error:
         get_run_logger().error(f"{job.key} failed: {error}")
         lack = why(error)
@@ -89,7 +92,7 @@ def _run_cell(job: Job, commit: str, key: str, gpus: int, retries: int, sign: fl
     cpu = load_params(home / PARAMS).flow.cpu_slots  # the machine's own, not the coordinator's
     slots = Slots(home / FLOW / "slots", tuple(locks.gpus()), cpu)
     slots.check(gpus)
-    with ended_together(), _alive(sign):
+    with runs.cancellable(), ended_together(), _alive(sign):
         ref = checkout.start_ref(key)
         with locks.lock(home / FLOW / "locks" / "git"):
             git(home, "fetch", "--quiet", "--no-write-fetch-head", "origin", f"+{ref}:{ref}")
