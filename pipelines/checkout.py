@@ -4,6 +4,7 @@ All share the checkout's DVC cache: what one has made, another's `dvc repro` res
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from molf.config import PARAMS
+from molf.config import PARAMS, read_yaml
 from molf.paths import SCRATCH, own_tools, write_text
 from molf.secrets import concealed
 from pipelines.graph import Job
@@ -36,7 +37,7 @@ def git(root: Path, *arguments: str, environment: Mapping[str, str] | None = Non
         GitFailed: It ended with another exit code than 0.
     """
     done = subprocess.run(
-        ["git", *arguments],
+        ["git", "-c", f"core.hooksPath={os.devnull}", *arguments],  # DVC's hooks would act on half a worktree
         cwd=root,
         env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
@@ -128,25 +129,56 @@ def share_cache(place: Place) -> None:
         target = place.root / ".dvc" / "config.local"
         shutil.copyfile(local, target)
         target.chmod(0o600)
-    cache = Config(str(place.home / ".dvc"))["cache"].get("dir") or place.home / ".dvc" / "cache"
+    own = Config(str(place.home / ".dvc"))
+    cache = own["cache"].get("dir") or place.home / ".dvc" / "cache"
     with Config(str(place.root / ".dvc"), validate=False).edit("local") as settings:
         settings.setdefault("cache", {}).update(dir=str(cache), type=LINKS)
         # Autostage: or DVC advises at each stage to stage its lock file. The other: or DVC's notes on this worktree
         # outlive it in /var/tmp.
         settings.setdefault("core", {}).update(autostage=True, site_cache_dir=str(place.root / ".dvc" / "tmp" / "site"))
+        for name, remote in own["remote"].items():  # a relative address is relative to the file that holds it
+            settings.setdefault("remote", {}).setdefault(name, {})["url"] = remote["url"]
+
+
+def link_outside(place: Place, params: object) -> None:
+    """Lets paths such as `../data/rows.jsonl` in params.yaml mean the same in a run's worktree as in the checkout."""
+    if isinstance(params, dict | list):
+        for value in params.values() if isinstance(params, dict) else params:
+            link_outside(place, value)
+    elif isinstance(params, str) and params.startswith("../") and (place.home / params).exists():
+        up = Path(*itertools.takewhile(lambda part: part == "..", Path(params).parts))
+        first = Path(params).parts[len(up.parts)]
+        link = Path(os.path.normpath(place.root / up / first))
+        if link.is_relative_to(place.flow) and not link.exists():
+            with contextlib.suppress(FileExistsError):  # another run makes it at this moment
+                link.symlink_to(Path(os.path.normpath(place.home / up / first)))
 
 
 def run_worktree(checkout: Path, key: str) -> Place:
-    """A worktree on a new branch `molf/KEY`: the checkout's commit with its uncommitted changes."""
+    """A worktree on a new branch `molf/KEY`: the checkout's commit, and one more if it has uncommitted changes."""
     path = checkout / FLOW / "runs" / key
-    head = git(checkout, "rev-parse", "HEAD")
-    start = snapshot(checkout, head, f"What the flow run {key} started from", start_ref(key))
+    start = git(checkout, "rev-parse", "HEAD")
+    if uncommitted(checkout):
+        start = snapshot(checkout, start, f"Uncommitted changes that comparison {key} started from", start_ref(key))
     git(checkout, "worktree", "prune")
-    git(checkout, "worktree", "add", "--quiet", "-b", f"molf/{key}", str(path), head)
-    git(path, "read-tree", "-u", "--reset", start)
+    git(checkout, "worktree", "add", "--quiet", "-b", f"molf/{key}", str(path), start)
     place = Place(path, checkout)
     share_cache(place)
     return place
+
+
+def uncommitted(root: Path) -> list[str]:
+    """Files that differ from the last commit, as `git status --porcelain` has them; `??` begins untracked ones."""
+    return git(root, "status", "--porcelain", "--untracked-files=all").splitlines()
+
+
+def drop_unused_branch(checkout: Path, key: str) -> bool:
+    """Removes a run's branch to which nothing was ever committed; returns whether it did."""
+    with contextlib.suppress(GitFailed):
+        if len(git(checkout, "reflog", "show", "--format=%H", f"refs/heads/molf/{key}").splitlines()) == 1:
+            git(checkout, "branch", "--quiet", "-D", f"molf/{key}")
+            return True
+    return False
 
 
 def cell_worktree(checkout: Path, commit: str, job: Job) -> Place:
@@ -172,8 +204,11 @@ def cell_worktree(checkout: Path, commit: str, job: Job) -> Place:
 
 
 def narrow(path: Path, job: Job) -> None:
-    """Leaves a params.yaml the one cell; of a list that the cell does not name, the first value."""
-    edit(path, {f"{block}.{key}": [value] for block, key, value in job.narrowed})
+    """Leaves a params.yaml the one cell; of a list of the grid that the cell does not name, the first value."""
+    params = read_yaml(path)
+    blocks = {block for block, _, _ in job.narrowed}
+    lists = {f"{block}.{key}": values[:1] for block in blocks for key, values in params[block].items()}
+    edit(path, lists | {f"{block}.{key}": [value] for block, key, value in job.narrowed})
 
 
 def edit(path: Path, changes: Mapping[str, object]) -> None:

@@ -48,8 +48,13 @@ class CommandFailed(RuntimeError):
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether memory ran out, or may have: Linux ends a process with SIGKILL then."""
-        return self.stage_code in (-9, 137) or any(_OUT_OF_MEMORY.search(line) for line in self.lines)
+        """Whether it said that memory ran out."""
+        return any(_OUT_OF_MEMORY.search(line) for line in self.lines)
+
+    @property
+    def killed(self) -> bool:
+        """Whether SIGKILL ended it, which is also what Linux does when memory runs out."""
+        return self.stage_code in (-9, 137)
 
     @property
     def may_pass(self) -> bool:
@@ -103,8 +108,7 @@ def _lines(
     command: Sequence[str], cwd: Path, environment: Mapping[str, str] | None, held: Sequence[int]
 ) -> Iterator[str]:
     """Runs a command under the guard and yields its lines."""
-    if _ending.is_set():
-        raise KeyboardInterrupt
+    check_ending()
     guarded = subprocess.Popen(
         [sys.executable, "-I", "-S", str(GUARD), *command],
         cwd=cwd,
@@ -132,10 +136,19 @@ def _lines(
         guarded.wait()
         guarded.stdout.close()
         _running.discard(guarded)
-    if _ending.is_set():
-        raise KeyboardInterrupt
+    check_ending()
     if code:
         raise CommandFailed(command, code, [concealed(line, environment) for line in said])
+
+
+def check_ending() -> None:
+    """To be called where a thread waits.
+
+    Raises:
+        KeyboardInterrupt: The block of `ended_together` was left.
+    """
+    if _ending.is_set():
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -152,7 +152,9 @@ class Traffic:
         for path in paths:
             with fs.open(path, "r", encoding="utf-8") as file:
                 entry = COMPILED_LOCK_FILE_STAGE_SCHEMA(parse_yaml(file.read(), path))
-            if fs.name(path) == _get_cache_hash(dict(entry)) and _get_cache_hash(dict(entry), key=True) == key:
+            if fs.name(path) != _get_cache_hash(dict(entry)) or _get_cache_hash(dict(entry), key=True) != key:
+                continue
+            if all(self.odb.exists(out["md5"]) for out in entry.get("outs", [])):  # entries outlive what they name
                 yield entry
 
     def _folder(self, key: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -32,8 +33,9 @@ from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from molf.config import PARAMS, SOURCES_LOCK, Params, load_params
-from molf.paths import BASE_METHOD, RESULTS, Cell
+from molf.config import PARAMS, SOURCES_LOCK, Params, load_params, read_yaml
+from molf.errors import UserError
+from molf.paths import RESULTS, Cell
 from molf.report import lacking as lacking_cells
 from molf.report.lacking import Kind, Lack
 from pipelines import blocks, checkout, graph, locks, pool, publish, runs, versions
@@ -106,10 +108,11 @@ def compare_methods(
             locks.lock(mine, lambda: log.info("another run works in this checkout; waits for it")),
             runs.noted(mine, root),
         ):
-            place = Place(home, home) if in_place else checkout.run_worktree(home, key)
-            log.info(f"run {key} in {place.root}")
             changes = _changes(models, tasks, methods, seeds, params)
-            seen = None if preset or changes else versions.hashes(home)
+            # Before the run takes the files: of one that changes in between, at worst the watch starts a run too many.
+            seen = None if preset or changes else _seen(home)
+            place = Place(home, home) if in_place else _worktree(home, key)
+            log.info(f"run {key} in {place.root}")
             sentence = _compare(place, key, changes, preset, pin, push, promote, seen)
     except runs.Cancel:
         return runs.cancelled()
@@ -124,9 +127,9 @@ def _compare(
     pin: bool,
     push: bool,
     promote: bool,
-    hashes: versions.Hashes | None,
+    made_from: Mapping[str, Any] | None,
 ) -> str:
-    """All steps of a run, in their order; with `hashes` it notes for the data watch what it was made from."""
+    """All steps of a run, in their order; it notes for the data watch what it was `made_from`."""
     log = get_run_logger()
     logs = place.flow / "logs" / key
 
@@ -137,17 +140,21 @@ def _compare(
     if preset is not None:
         run("molf", "preset", preset)
     if changes:
-        checkout.edit(place.root / PARAMS, changes)
+        try:
+            checkout.edit(place.root / PARAMS, changes)
+        except KeyError as error:
+            raise NotSetUp(f"params: {error.args[0]} lies in a block that params.yaml does not have") from None
     if pin:
         run("molf", "pin")
     run("molf", "check")
     settings = load_params(place.root / PARAMS)
+    if place.root != place.home:
+        checkout.link_outside(place, read_yaml(place.root / PARAMS))
     if settings.flow.pool is not None:
         _check_remotes(place.home, f"flow.pool is {settings.flow.pool}")
         pool.check(settings.flow.pool)
     stages = graph.read(place.root, run("dvc", "dag", "--dot", "compare", quiet=True))
     slots = Slots(place.flow / "slots", tuple(locks.gpus()), settings.flow.cpu_slots)
-    made_from = {} if hashes is None else versions.local(settings, place.home, hashes)
     failed = _before(place, stages, logs, slots, settings.flow.retries)
     done, lacking = _cells(place, key, stages, settings, slots, logs, failed)
 
@@ -156,6 +163,8 @@ def _compare(
         run("dvc", "repro", "--single-item", "--allow-missing", *done)
     elif done:  # brings them from the run cache, and their hashes into dvc.lock
         run("dvc", "repro", "--single-item", *done)
+    for cell_lacking in lacking:  # what an earlier configuration left of it
+        shutil.rmtree(place.root / cell_lacking.results, ignore_errors=True)
     lacking_cells.write(lacking, place.root)
     for stage in stages.after:
         run("dvc", "repro", "--single-item", stage)
@@ -167,6 +176,8 @@ def _compare(
         commit = publish.commit(place, publish.message(comparison, lacking, key))
         log.info(f"branch molf/{key}: {'nothing changed' if commit is None else commit[:12]}")
     if promote:  # after the commit, which the champion's record names
+        if settings.flow.pool is not None:  # from whose workers only results came
+            bring(place, [stage for job in stages.jobs if job.cell not in lacking for stage in job.stages], Path())
         try:
             run("molf", "promote")
         except CommandFailed as error:
@@ -184,11 +195,12 @@ def _compare(
             f"{len(lacking)} of {len(stages.jobs)} cells lack; the others are compared: "
             + "; ".join(f"{cell.name}: {lack.reason}" for cell, lack in lacking.items())
         )
-    if hashes is not None:
+    if made_from is not None:
         versions.record({**made_from, **versions.pinned(settings, place.root / SOURCES_LOCK)}, pin)
     if place.root != place.home:
         last = "checkout" if settings.flow.pool is None else "pull"
-        log.info(f"next: git diff HEAD...molf/{key}, then git merge molf/{key} && dvc {last}")
+        first = "commit or stash your changes, then " if checkout.uncommitted(place.home) else ""
+        log.info(f"next: git diff HEAD...molf/{key}; {first}git merge molf/{key} && dvc {last}")
     sentence: str = comparison["sentence"]
     return sentence
 
@@ -199,6 +211,10 @@ def _before(place: Place, stages: Graph, logs: Path, slots: Slots, retries: int)
     failed: dict[str, str] = {}
     for stage in stages.before:
         reason = next((failed[name] for name in sorted(stages.needs[stage]) if name in failed), None)
+        if reason is None and stage.endswith(".dvc") and place.root != place.home:
+            if reason := _added(place, stage):
+                failed[stage] = reason
+            continue
         if reason is None:
             waiting = partial(log.info, f"another run is at {stage}; waits for it")
             with locks.lock(place.flow / "locks" / stage, waiting) as held:
@@ -210,6 +226,43 @@ def _before(place: Place, stages: Graph, logs: Path, slots: Slots, retries: int)
             reason = f"{stage} failed: {_lack(done).reason}"
         failed[stage] = reason
     return failed
+
+
+def _added(place: Place, stage: str) -> str | None:
+    """Brings a file that DVC keeps since `dvc add`; returns what is wrong with it, if anything."""
+    log = get_run_logger()
+    there = Place(place.home, place.home)
+    changed = stream(["dvc", "status", "--json", stage], there.root, lambda line: None, there.environment())
+    if '"modified"' in changed.splitlines()[-1]:
+        name = stage.removesuffix(".dvc")
+        return f"{name} has changed since it was added; type `dvc add {name}`"
+    for command in ("checkout", "pull"):
+        try:
+            stream(["dvc", command, "--quiet", stage], place.root, log.info, place.environment())
+            return None
+        except CommandFailed as error:
+            reason = f"{stage}: {error.reason}"
+    return reason
+
+
+def _seen(home: Path) -> dict[str, Any] | None:
+    """What the checkout's sources are at this moment; None where params.yaml has mistakes, which the check names."""
+    try:
+        return versions.local(load_params(home / PARAMS), home, versions.hashes(home))
+    except UserError:
+        return None
+
+
+def _worktree(home: Path, key: str) -> Place:
+    """The run's worktree; says which files of the checkout go into it that git does not know."""
+    new = [line[3:] for line in checkout.uncommitted(home) if line.startswith("??")]
+    if new:
+        shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
+        get_run_logger().warning(
+            f"files that git does not know go into the run's first commit, and to origin with push or a pool: {shown}; "
+            "what must not, belongs into .gitignore"
+        )
+    return checkout.run_worktree(home, key)
 
 
 def _cells(
@@ -233,7 +286,7 @@ def _cells(
     for job in stages.jobs:
         reason = next((failed[name] for name in sorted(_needed(job, stages)) if name in failed), None)
         if reason is not None:
-            lacking[_cell(job)] = Lack(Kind.BEFORE, reason)
+            lacking[job.cell] = Lack(Kind.BEFORE, reason)
         elif not old.isdisjoint(job.stages):
             stale.append(job)
     where = f"{slots.count} side by side" if settings.flow.pool is None else f"by the pool {settings.flow.pool}"
@@ -249,7 +302,7 @@ def _cells(
     )
     if settings.flow.pool is not None:
         failures = _in_pool(place, key, commit, gpus, old, settings)
-        lacking |= {_cell(job): lack for job, lack in failures.items()}
+        lacking |= {job.cell: lack for job, lack in failures.items()}
         return [stage for job in stale if job not in failures for stage in job.stages], lacking
     for count in gpus.values():
         slots.check(count)
@@ -265,8 +318,8 @@ def _cells(
         if future.state.is_completed():
             done += job.stages
         else:
-            lacking[_cell(job)] = _lack(future.state)
-            log.error(f"{_cell(job).name} failed: {lacking[_cell(job)].reason}")
+            lacking[job.cell] = _lack(future.state)
+            log.error(f"{job.cell.name} failed: {lacking[job.cell].reason}")
     return done, lacking
 
 
@@ -304,7 +357,10 @@ def _stale(place: Place, stages: Graph) -> set[str]:
     """Stages of cells that DVC would run."""
     said: list[str] = []
     environment = place.environment()
-    stream(["dvc", "checkout", "--quiet", "--allow-missing"], place.root, said.append, environment)
+    try:
+        stream(["dvc", "checkout", "--quiet", "--allow-missing"], place.root, said.append, environment)
+    except CommandFailed as error:  # in place: it overwrites nothing that the cache lacks
+        get_run_logger().warning(f"some results stay as they lie here: {error.reason}")
     names = [stage for job in stages.jobs for stage in job.stages]
     answer = stream(["dvc", "status", "--json", *names], place.root, lambda line: None, environment)
     return set(json.loads(answer.splitlines()[-1]))
@@ -318,13 +374,6 @@ def _gpus(job: Job, settings: Params) -> int:
     """GPUs that a cell takes, by its task's training."""
     task = next(value for _, key, value in job.narrowed if key == "tasks")
     return settings.training_for(str(task)).processes
-
-
-def _cell(job: Job) -> Cell:
-    """The cell as results/ has it; one without method and seed is the untrained model."""
-    model, task, *rest = job.values
-    method, seed = rest or (BASE_METHOD, 0)
-    return Cell(str(model), str(task), str(method), int(seed))
 
 
 def _lack(state: Any) -> Lack:
@@ -366,6 +415,7 @@ def _tidy(place: Place, keep: int) -> None:
     if place.root != place.home:
         for path in checkout.old_runs(place.home, keep - 1):
             checkout.remove_worktree(place.home, path)
+            checkout.drop_unused_branch(place.home, path.name)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.config import PARAMS, read_yaml
+from molf.paths import BASE_METHOD, Cell
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.(\w+)\}")
 
@@ -21,6 +22,13 @@ class Job:
     values: tuple[str | int, ...]  # of the axes
     narrowed: tuple[tuple[str, str, str | int], ...]  # block, key and the one value that it has here
     stages: tuple[str, ...]
+
+    @property
+    def cell(self) -> Cell:
+        """As results/ has it; one without method and seed is the untrained model."""
+        model, task, *rest = self.values
+        method, seed = rest or (BASE_METHOD, 0)
+        return Cell(str(model), str(task), str(method), int(seed))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.commands import check_ending
+
 POLL = 0.2  # seconds between two looks
 
 
@@ -42,6 +44,9 @@ def any_of(
 
     Yields:
         File descriptors of those held, and their places in `paths`.
+
+    Raises:
+        KeyboardInterrupt: The run ends meanwhile.
     """
     assert 0 < count <= len(paths)
     told = False
@@ -58,6 +63,7 @@ def any_of(
         if not told:
             waiting()
             told = True
+        check_ending()
         time.sleep(POLL)
 
 

@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Crashed
 
 from molf.paths import SCRATCH, write_text
 from pipelines import checkout, locks
-from pipelines.checkout import FLOW, GitFailed, git, start_ref
+from pipelines.checkout import FLOW
 
 POLL = 5.0  # seconds between two looks at the run's state in Prefect
 PATIENCE = 60.0  # seconds that a worker has to end its own run before the run ends itself
@@ -129,9 +129,7 @@ def sweep(home: Path) -> list[str]:
                 continue
             tree = home / FLOW / "runs" / key
             checkout.remove_worktree(home, tree)
-            with contextlib.suppress(GitFailed):  # a branch without a commit of the run's own says nothing
-                if git(home, "rev-parse", f"refs/heads/molf/{key}") == git(home, "rev-parse", f"{start_ref(key)}^"):
-                    git(home, "branch", "--quiet", "-D", f"molf/{key}")
+            checkout.drop_unused_branch(home, key)
             if not tree.exists():
                 path.unlink()
     return found

@@ -4,21 +4,24 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from molf.config import PARAMS
 from molf.errors import plain
-from molf.paths import SCRATCH, read_json, write_json
+from molf.models import ELSEWHERE
+from molf.paths import SCRATCH, file_hash, read_json, write_json
 from molf.report.lacking import Kind, Lack
 from pipelines import checkout, exchange, locks
 from pipelines.checkout import Place
 from pipelines.commands import CommandFailed, stream
 from pipelines.graph import Job
 
-SPLIT = SCRATCH / "micro_batches"  # of a worktree: what its next try of a training gets as MOLF_MICRO_BATCHES
+SPLIT = SCRATCH / "micro_batches.json"  # of a worktree: in how many parts its next try takes a batch, and why
 
 
 class NotSetUp(ValueError):
@@ -92,7 +95,14 @@ def why(error: Any) -> Lack:
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE, retry_delay_seconds=1, retry_condition_fn=may_pass)
 def reproduce(
-    stage: str, place: Place, log: Path, slots: Slots, count: int, held: Sequence[int], extra: dict[str, str]
+    stage: str,
+    place: Place,
+    log: Path,
+    slots: Slots,
+    count: int,
+    held: Sequence[int],
+    extra: dict[str, str],
+    force: bool = False,
 ) -> None:
     """Brings one stage up to date with `dvc repro -s`; DVC is the cache.
 
@@ -104,19 +114,19 @@ def reproduce(
         count: GPUs that it takes.
         held: Locks that must not be free before its last process has ended.
         extra: Environment beside the place's.
+        force: Runs it although it is up to date.
 
     Raises:
         CommandFailed: It failed. After want of memory the next try trains in micro-batches of half the size.
     """
     logger = get_run_logger()
-    split = place.root / SPLIT
     environment = {**place.environment(), **extra}
-    if split.exists():
-        environment["MOLF_MICRO_BATCHES"] = str(read_json(split))
+    if (parts := _split(place)["parts"]) > 1:
+        environment["MOLF_MICRO_BATCHES"] = str(parts)
     with slots.hold(count, lambda: logger.info("waits for a free slot")) as (more, pinned):
         try:
             stream(
-                ["dvc", "repro", "--single-item", stage],
+                ["dvc", "repro", "--single-item", *(["--force"] if force else []), stage],
                 place.root,
                 logger.info,
                 {**environment, **pinned},
@@ -124,9 +134,25 @@ def reproduce(
                 [*held, *more],
             )
         except CommandFailed as error:
-            if error.out_of_memory:
-                write_json(split, 2 * int(environment.get("MOLF_MICRO_BATCHES", 1)))
+            _note_failure(place, error)
             raise
+
+
+def _split(place: Place) -> dict[str, Any]:
+    """In how many `parts` a batch is to be taken, after how many `kills`; of other `params` nothing is known."""
+    params = file_hash(place.root / PARAMS)
+    path = place.root / SPLIT
+    noted: dict[str, Any] = read_json(path) if path.exists() else {}
+    return noted if noted.get("params") == params else {"params": params, "parts": 1, "kills": 0}
+
+
+def _note_failure(place: Place, error: CommandFailed) -> None:
+    """Halves the micro-batches of the next try if memory ran out, as a second kill in a row suggests as well."""
+    noted = _split(place)
+    noted["kills"] += error.killed
+    if error.out_of_memory or noted["kills"] > 1:
+        noted["parts"] *= 2
+    write_json(place.root / SPLIT, noted)
 
 
 TRANSFER: Any = {"cache_policy": NO_CACHE, "retries": 3, "retry_delay_seconds": 10}  # for networks that fail at times
@@ -199,7 +225,7 @@ def cell(
             finished = take(job, place, logs / f"{job.key}.log", [held])
         else:
             stream(
-                ["dvc", "checkout", "--quiet", "--with-deps", "--allow-missing", *job.stages],
+                ["dvc", "checkout", "--quiet", "--force", "--with-deps", "--allow-missing", *job.stages],
                 place.root,
                 logger.info,
                 place.environment(),
@@ -209,8 +235,24 @@ def cell(
             if stage in finished:
                 logger.info(f"{stage} was finished before")
                 continue
-            run = reproduce.with_options(retries=retries)
-            run(stage, place, logs / f"{stage}.log", slots, count, [held], extra)
+            run = partial(
+                reproduce.with_options(retries=retries), place=place, slots=slots, count=count, held=[held], extra=extra
+            )
+            try:
+                run(stage, log=logs / f"{stage}.log")
+            except CommandFailed:
+                first = job.stages[0]
+                if stage == first or not _weights_gone(place, job):
+                    raise
+                logger.info(f"the weights of {first} were not kept; it runs again")
+                run(first, log=logs / f"{first}.log", force=True)
+                run(stage, log=logs / f"{stage}.log")
             if remote:
                 send(stage, place, logs / f"{job.key}.log", [held])
         checkout.remove_worktree(home, place.root)
+
+
+def _weights_gone(place: Place, job: Job) -> bool:
+    """Whether a training's weights, by `training.keep` no output of it, lay in a worktree that is removed."""
+    note = place.root / job.cell.weights / ELSEWHERE
+    return note.exists() and not (place.root / read_json(note)["path"]).exists()

@@ -125,7 +125,7 @@ class Flow(Block):
     )
     keep_runs: Count = 5  # worktrees of ended runs that stay, the newest ones; their branches stay in any case
     pool: str | None = None  # Prefect's work pool whose workers run the cells; None: this machine does
-    lost_after: Annotated[int, Field(ge=6)] = (
+    lost_after: Annotated[int, Field(ge=20)] = (
         180  # s without a sign of life from a cell in a pool, after which it is given out again; a sixth between signs
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipelines.commands import ended_together
 from pipelines.server import server
 
 
@@ -12,6 +13,13 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def not_ending() -> None:
+    """A flow that failed in this process told all threads to end, until the next one begins."""
+    with ended_together():
+        pass
 
 
 @pytest.fixture(scope="session")

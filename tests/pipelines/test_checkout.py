@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from dvc.config import Config
 
 from molf.config import read_yaml
 from pipelines import checkout
@@ -61,3 +62,47 @@ def test_of_old_runs_the_newest_stay(tmp_path: Path) -> None:
 def test_outside_a_repository_git_says_so(tmp_path: Path) -> None:
     with pytest.raises(checkout.GitFailed, match="not a git repository"):
         checkout.home(tmp_path)
+
+
+def test_paths_outside_the_checkout_mean_the_same_in_a_runs_worktree(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    run = home / ".molf/flow/runs/k"
+    run.mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows.jsonl").write_text("{}")
+    params = {"tasks": {"a": {"source": {"path": "../data/rows.jsonl"}}, "b": ["../gone", "../../far"]}}
+    for _ in range(2):
+        checkout.link_outside(checkout.Place(run, home), params)
+    assert (run / "../data/rows.jsonl").read_text() == "{}"
+    assert [path.name for path in (home / ".molf/flow/runs").iterdir()] in (["k", "data"], ["data", "k"])
+
+
+def test_a_relative_remote_is_the_same_in_a_worktree(repository: Path) -> None:
+    (repository / ".dvc").mkdir()
+    settings = "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../store\n"
+    (repository / ".dvc/config").write_text(settings)
+    checkout.git(repository, "add", "--all")
+    author = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    checkout.git(repository, *author, "commit", "--quiet", "-m", "remote")
+    place = checkout.run_worktree(repository, "k")
+    expected = Config(str(repository / ".dvc"))["remote"]["store"]["url"]
+    found = Config(str(place.root / ".dvc"))
+    assert found["remote"]["store"]["url"] == expected == str(repository.parent / "store")
+    assert found["cache"]["dir"] == str(repository / ".dvc/cache")
+
+
+def test_a_branch_that_nothing_was_committed_to_goes_with_its_worktree(repository: Path) -> None:
+    hooks = repository / ".git/hooks"
+    hooks.mkdir(exist_ok=True)
+    (hooks / "post-checkout").write_text("#!/bin/sh\nexit 1\n")  # as DVC's, which finds no cache
+    (hooks / "post-checkout").chmod(0o755)
+    (repository / ".dvc").mkdir()
+    (repository / ".dvc/config").write_text("")
+    for key in ("used", "unused"):
+        place = checkout.run_worktree(repository, key)
+        if key == "used":
+            (place.root / "new").write_text("")
+            checkout.git(place.root, "add", "new")
+            checkout.git(place.root, "commit", "--quiet", "-m", "new", environment=checkout.author(repository))
+        checkout.remove_worktree(repository, place.root)
+        assert checkout.drop_unused_branch(repository, key) == (key == "unused")
