@@ -439,11 +439,12 @@ def main() -> None:
         raise SystemExit(f"failed: {error}") from None
     except CancelledRun:
         raise SystemExit(f"cancelled; {NEXT}") from None
-    except httpx.TransportError as error:
-        address = PREFECT_API_URL.value()
+    except (httpx.TransportError, RuntimeError) as error:
+        if not isinstance(error, httpx.TransportError) and not str(error).startswith("Failed to reach API"):
+            raise
         raise SystemExit(
-            f"failed: Prefect's server at {address} does not answer ({error}); start it (make serve), or unset "
-            f"PREFECT_API_URL for one that lives as long as the run; {NEXT}"
+            f"failed: Prefect's server at {PREFECT_API_URL.value()} does not answer ({error}); start it (make serve), "
+            f"or unset PREFECT_API_URL for one that lives as long as the run; {NEXT}"
         ) from None
     except KeyboardInterrupt:
         print(f"interrupted; {NEXT}", file=sys.stderr)
