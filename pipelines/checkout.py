@@ -6,6 +6,7 @@ All share the checkout's DVC cache: what one has made, another's `dvc repro` res
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -199,6 +200,7 @@ def cell_worktree(checkout: Path, commit: str, job: Job) -> Place:
     place = Place(path, checkout)
     share_cache(place)
     narrow(path / PARAMS, job)
+    narrow_lock(path, job)
     git(path, "update-index", "--skip-worktree", str(PARAMS))  # the cell's records name the commit without a "+"
     return place
 
@@ -209,6 +211,31 @@ def narrow(path: Path, job: Job) -> None:
     blocks = {block for block, _, _ in job.narrowed}
     lists = {f"{block}.{key}": values[:1] for block in blocks for key, values in params[block].items()}
     edit(path, lists | {f"{block}.{key}": [value] for block, key, value in job.narrowed})
+
+
+def narrow_lock(root: Path, job: Job) -> None:
+    """Leaves dvc.lock no other cell's stages: DVC rewrites all of it after each stage, by far slower than it reads.
+
+    Line by line, as DVC writes it, since a large one takes minutes to parse.
+    """
+    path = root / "dvc.lock"
+    if not path.exists():
+        return
+    of_cells = {name for name, stage in read_yaml(root / "dvc.yaml")["stages"].items() if "matrix" in stage}
+    kept, keep, stages = [], True, 0
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if re.match(r"  [^\s-]", line):
+            name = line.strip().rstrip(":")
+            keep = name in job.stages or name.partition("@")[0] not in of_cells
+            stages += keep
+        elif not line.startswith(" "):
+            keep = True
+        if keep:
+            kept.append(line)
+    if stages:
+        write_text(path, "".join(kept))
+    else:
+        path.unlink()
 
 
 def edit(path: Path, changes: Mapping[str, object]) -> None:

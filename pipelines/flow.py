@@ -160,9 +160,9 @@ def _compare(
 
     if done and settings.flow.pool is not None:  # dvc.lock has them; weights stay in the remote
         bring(place, done, RESULTS)
-        run("dvc", "repro", "--single-item", "--allow-missing", *done)
+        run(sys.executable, "-m", "pipelines.restore", "--allow-missing", *done)
     elif done:  # brings them from the run cache, and their hashes into dvc.lock
-        run("dvc", "repro", "--single-item", *done)
+        run(sys.executable, "-m", "pipelines.restore", *done)
     for cell_lacking in lacking:  # what an earlier configuration left of it
         shutil.rmtree(place.root / cell_lacking.results, ignore_errors=True)
     lacking_cells.write(lacking, place.root)
@@ -361,9 +361,9 @@ def _stale(place: Place, stages: Graph) -> set[str]:
         stream(["dvc", "checkout", "--quiet", "--allow-missing"], place.root, said.append, environment)
     except CommandFailed as error:  # in place: it overwrites nothing that the cache lacks
         get_run_logger().warning(f"some results stay as they lie here: {error.reason}")
-    names = [stage for job in stages.jobs for stage in job.stages]
-    answer = stream(["dvc", "status", "--json", *names], place.root, lambda line: None, environment)
-    return set(json.loads(answer.splitlines()[-1]))
+    # Without names, for DVC's time grows with their number times that of all stages.
+    answer = stream(["dvc", "status", "--json"], place.root, lambda line: None, environment)
+    return set(json.loads(answer.splitlines()[-1])).intersection(name for job in stages.jobs for name in job.stages)
 
 
 def _needed(job: Job, stages: Graph) -> set[str]:

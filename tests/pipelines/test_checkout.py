@@ -1,13 +1,16 @@
 """Worktrees that a flow works in, and what it takes of the checkout."""
 
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from dvc.config import Config
+from dvc.utils.serialize import dump_yaml
 
 from molf.config import read_yaml
 from pipelines import checkout
+from pipelines.graph import Job
 
 
 @pytest.fixture
@@ -49,6 +52,22 @@ def test_params_are_edited_with_their_comments_kept(repository: Path) -> None:
     assert read_yaml(path) == {"grid": {"seeds": [1, 2], "tasks": ["a"]}}
     with pytest.raises(KeyError, match="gird.seeds"):
         checkout.edit(path, {"gird.seeds": [1]})
+
+
+def test_a_cell_takes_of_dvc_lock_its_own_stages_and_those_before_cells(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {base: {foreach: [m]}, train: {matrix: {}}, evaluate: {matrix: {}}}\n")
+    names = ["base@m", "train@m-t-fft-0", "evaluate@m-t-fft-0", "train@m-t-lora-0", "evaluate@m-t-lora-0"]
+    entry = {"cmd": "python x.py", "deps": [{"path": "x.py", "md5": "0"}], "params": {"params.yaml": {"a.b": None}}}
+    dump_yaml(tmp_path / "dvc.lock", {"schema": "2.0", "stages": {name: deepcopy(entry) for name in names}})
+    job = Job("m.t.lora.0", ("m", "t", "lora", 0), (), ("train@m-t-lora-0", "evaluate@m-t-lora-0"))
+    checkout.narrow_lock(tmp_path, job)
+    kept = dict.fromkeys(("base@m", *job.stages), entry)
+    assert read_yaml(tmp_path / "dvc.lock") == {"schema": "2.0", "stages": kept}
+    other = Job("m.u.lora.0", ("m", "u", "lora", 0), (), ("train@m-u-lora-0",))
+    (tmp_path / "dvc.yaml").write_text("stages: {base: {matrix: {}}, train: {matrix: {}}, evaluate: {matrix: {}}}\n")
+    checkout.narrow_lock(tmp_path, other)
+    assert not (tmp_path / "dvc.lock").exists(), "DVC takes no lock file without stages"
+    checkout.narrow_lock(tmp_path, other)
 
 
 def test_of_old_runs_the_newest_stay(tmp_path: Path) -> None:
