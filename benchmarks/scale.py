@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,10 +33,11 @@ CELLS = (10, 100, 1000)
 TASK_RUNS, LINES = 400, 100
 TRACKED = 40  # cells in MLflow
 STEPS = 400  # of a made up training: rows of its curves
+PAGES = "select page_count * page_size from pragma_page_count, pragma_page_size"
 LINE = "step 123, loss 1.2345, 12,345 tokens/s".ljust(100, ".")
 FIRST, AGAIN = "one cell, the first of all", "one cell, all others known"
-RESTORED = "two cells restored into the whole dvc.lock"
-DVC = ("dag", "status", "nothing to do", FIRST, AGAIN, RESTORED, "pushed")
+TWO, ALL = "two cells restored by dvc repro -s", "all cells restored by pipelines.restore"
+DVC = ("dag", "status", "nothing to do", FIRST, AGAIN, TWO, ALL, "pushed")
 
 
 # --- DVC ------------------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def dvc(scratch: Path, cells: int, rounds: int) -> dict[str, Any]:
     trained = [job for job in stages.jobs if len(job.stages) == 2]
     if len(trained) != cells:
         raise RuntimeError(f"{cells} cells were asked for, but the graph has {len(trained)}")
-    stale = json.loads(timed("status", "dvc", "status", "--json", *names).splitlines()[-1])
+    stale = json.loads(timed("status", "dvc", "status", "--json").splitlines()[-1])
     if stale:
         raise RuntimeError(f"{len(stale)} stages are not up to date, the first is {min(stale)}: {stale[min(stale)]}")
     timed("nothing to do", "dvc", "repro", "compare")
@@ -137,11 +139,17 @@ def dvc(scratch: Path, cells: int, rounds: int) -> dict[str, Any]:
         "run_cache_bytes": project.size(remote / "runs"),
     }
 
-    restored = [stage for job in trained[-2:] for stage in job.stages]
-    forget(folder, restored)
-    said = timed(RESTORED, "dvc", "repro", "--single-item", *restored, again=1)
-    if (count := said.count("is cached - skipping run")) != len(restored):
-        raise RuntimeError(f"{count} of {len(restored)} stages came from the run cache: {said[-1000:]}")
+    few = [stage for job in trained[-2:] for stage in job.stages]
+    forget(folder, few)
+    said = timed(TWO, "dvc", "repro", "--single-item", *few, again=1)
+    if (count := said.count("is cached - skipping run")) != len(few):
+        raise RuntimeError(f"{count} of {len(few)} stages came from the run cache: {said[-1000:]}")
+    forget(folder, names)
+    own = sys.executable, "-m", "pipelines.restore"
+    variables["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
+    said = timed(ALL, *own, *names, again=1)
+    if f"{len(names)} of {len(names)} stages restored" not in said:
+        raise RuntimeError(f"not all stages came from the run cache: {said[-1000:]}")
     return found
 
 
@@ -151,7 +159,7 @@ def forget(folder: Path, stages: Sequence[str]) -> None:
 
     lock = load_yaml(str(folder / "dvc.lock"))
     for name in stages:
-        for out in lock["stages"].pop(name)["outs"]:
+        for out in lock["stages"].pop(name, {"outs": []})["outs"]:
             shutil.rmtree(folder / out["path"], ignore_errors=True)
     dump_yaml(str(folder / "dvc.lock"), lock)
 
@@ -213,11 +221,14 @@ def prefect(scratch: Path, task_runs: int, lines: int) -> dict[str, Any]:
         child = [sys.executable, "-m", "benchmarks.scale", "--task-runs-of"]
         project.run([*child, "2", "1"], ROOT, variables)  # fills the server's caches
         for name, count, each in (("silent", task_runs, 0), ("with lines", task_runs // 10, lines)):
-            before, cpu = _pages(database), _cpu_below(os.getpid())
+            before, cpu, known = _pages(database), _cpu_below(os.getpid()), _completed(database)
             taken, said = project.run([*child, str(count), str(each)], ROOT, variables)
+            while _completed(database) < known + count:  # the server writes them after the flow run has ended
+                time.sleep(0.1)
+            seconds = time.time() - json.loads(said.splitlines()[-1])["started"]
             bytes_ = _pages(database) - before
             found[name] = {
-                **json.loads(said.splitlines()[-1]),
+                "seconds": seconds,
                 "client": taken.as_json(),
                 "server_cpu_seconds": _cpu_below(os.getpid()) - cpu,
                 "bytes": bytes_,
@@ -230,7 +241,7 @@ def prefect(scratch: Path, task_runs: int, lines: int) -> dict[str, Any]:
 
 
 def task_runs_of(count: int, lines: int) -> None:
-    """A flow run with so many tasks, eight at once, each with so many lines in its log; prints its seconds as JSON."""
+    """A flow run of so many tasks, eight at once, each with so many lines in its log; prints when they began."""
     from prefect import flow, get_run_logger, task
     from prefect.cache_policies import NO_CACHE
     from prefect.task_runners import ThreadPoolTaskRunner
@@ -242,25 +253,30 @@ def task_runs_of(count: int, lines: int) -> None:
             logger.info(LINE)
 
     runner: Any = ThreadPoolTaskRunner(max_workers=8)
-    seconds = []
+    started: list[float] = []
 
     @flow(task_runner=runner)
     def many() -> None:
-        started = time.perf_counter()
+        started.append(time.time())
         for future in [one.submit() for _ in range(count)]:
             future.wait()
-        seconds.append(time.perf_counter() - started)
 
     many()
-    print(json.dumps({"seconds": seconds[0]}))
+    print(json.dumps({"started": started[0]}))
+
+
+def _completed(database: Path) -> int:
+    """Task runs that the server knows to have ended well."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as store:
+        return int(store.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()[0])
 
 
 def _pages(database: Path, still: float = 4.0) -> int:
     """Bytes of an SQLite database, once it has not grown for some seconds: events and logs come late."""
     last, since = -1, time.monotonic()
     while time.monotonic() - since < still:
-        with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30) as store:
-            size = store.execute("select page_count * page_size from pragma_page_count, pragma_page_size").fetchone()[0]
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as store:
+            size = store.execute(PAGES).fetchone()[0]
         if size != last:
             last, since = size, time.monotonic()
         time.sleep(0.5)
@@ -301,7 +317,7 @@ def mlflow(scratch: Path, cells: int, steps: int) -> dict[str, Any]:
         empty = database.stat().st_size
         taken = []
         for cell in params.cells():
-            taken.append(project.call(lambda results=folder / cell.results: mlflow_cells.sync(store, results)))
+            taken.append(project.call(partial(mlflow_cells.sync, store, folder / cell.results)))
     return {
         "cells": len(taken),
         "steps": steps,
@@ -317,21 +333,23 @@ def mlflow(scratch: Path, cells: int, steps: int) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    text = [
-        "| DVC, CPU seconds (seconds on the wall) | " + " | ".join(f"{run['cells']:,} cells" for run in found["dvc"]) + " |",
-        "| --- |" + " --- |" * len(found["dvc"]),
-    ]
-    for name in DVC:
-        text.append(f"| {name} | " + " | ".join(_amount(run, name) for run in found["dvc"]) + " |")
-    text.append(
-        "| pushed a cell | "
-        + " | ".join(
-            f"{run['remote']['files'] / run['cells']:.1f} files, run cache"
-            f" {run['remote']['run_cache_bytes'] / run['cells'] / 1000:.1f} kB"
-            for run in found["dvc"]
-        )
-        + " |"
+    text = (
+        []
+        if not found["dvc"]
+        else [
+            "| DVC, CPU seconds (seconds on the wall) | "
+            + " | ".join(f"{run['cells']:,} cells" for run in found["dvc"])
+            + " |",
+            "| --- |" + " --- |" * len(found["dvc"]),
+        ]
     )
+    for name in DVC if found["dvc"] else ():
+        text.append(f"| {name} | " + " | ".join(_amount(run, name) for run in found["dvc"]) + " |")
+    if found["dvc"]:
+        files = (f"{run['remote']['files'] / run['cells']:.1f}" for run in found["dvc"])
+        text.append("| files pushed a cell | " + " | ".join(files) + " |")
+        kilobytes = (f"{run['remote']['run_cache_bytes'] / run['cells'] / 1000:.1f} kB" for run in found["dvc"])
+        text.append("| run cache pushed a cell | " + " | ".join(kilobytes) + " |")
     if "prefect" in found:
         it = found["prefect"]
         cpu = it["silent"]["server_cpu_seconds"] + it["silent"]["client"]["cpu_seconds"]
@@ -380,9 +398,9 @@ def run(arguments: Sequence[str]) -> None:
     print(table.heading(found["environment"]) + f"\nload {os.getloadavg()[0]:.1f}\n", flush=True)
     path: Path = options.into / "scale-cpu.json"
     parts: list[tuple[str, Callable[[Path], Any]]] = [
-        ("prefect", lambda scratch: prefect(scratch, options.task_runs, options.lines)),
-        ("mlflow", lambda scratch: mlflow(scratch, options.tracked, options.steps)),
-        *((str(cells), lambda scratch, cells=cells: dvc(scratch, cells, options.rounds)) for cells in options.cells),
+        ("prefect", partial(prefect, task_runs=options.task_runs, lines=options.lines)),
+        ("mlflow", partial(mlflow, cells=options.tracked, steps=options.steps)),
+        *((str(cells), partial(dvc, cells=cells, rounds=options.rounds)) for cells in options.cells),
     ]
     for name, measure in parts:
         print(f"measuring {name if name.isalpha() else f'DVC with {name} cells'} ...", file=sys.stderr, flush=True)
