@@ -198,7 +198,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again_only_if_that_can_help(
 
     toy.notes.joinpath("train@tiny-fact-fft-0").unlink()
     toy.git("merge", "--quiet", branch)
-    toy.edit({"tasks.med.kind": "med", "methods.molf.r": 8})
+    toy.edit({"tasks.med.kind": "med", "methods.molf.r": [8]})
     toy.tell("train@tiny-fact-molf-0", exit=1)
     said = toy.flow("--tasks", "fact", code=1)
     assert stages(toy) == ["train@tiny-fact-fft-0", "evaluate@tiny-fact-fft-0", "train@tiny-fact-molf-0", "compare"]
