@@ -317,14 +317,15 @@ def mlflow(scratch: Path, cells: int, steps: int) -> dict[str, Any]:
         empty = database.stat().st_size
         taken = []
         for cell in params.cells():
-            taken.append(project.call(partial(mlflow_cells.sync, store, folder / cell.results)))
+            sample = project.call(partial(mlflow_cells.sync, store, folder / cell.results))
+            taken.append({"method": cell.method, **sample.as_json()})
     return {
         "cells": len(taken),
         "steps": steps,
         "database_bytes_a_cell": (database.stat().st_size - empty) / len(taken),
         "file_bytes_a_cell": project.size(files) / len(taken),
         "empty_database_bytes": empty,
-        "samples": [sample.as_json() for sample in taken],
+        "samples": taken,
     }
 
 
@@ -352,29 +353,29 @@ def lines(found: dict[str, Any]) -> str:
         text.append("| run cache pushed a cell | " + " | ".join(kilobytes) + " |")
     if "prefect" in found:
         it = found["prefect"]
-        cpu = it["silent"]["server_cpu_seconds"] + it["silent"]["client"]["cpu_seconds"]
+        both = it["silent"]["server_cpu_seconds"] + it["silent"]["client"]["cpu_seconds"]
         text += [
             "",
             "| Prefect on SQLite | |",
             "| --- | --- |",
             f"| task runs a second | {it['task_runs_a_second']:.1f} |",
-            f"| CPU a task run, server and client | {cpu / it['task_runs'] * 1000:.0f} ms |",
+            f"| CPU a task run, server and client | {both / it['task_runs'] * 1000:.0f} ms |",
             f"| database a task run | {it['bytes_a_task_run'] / 1000:.1f} kB |",
             f"| database a line of a log | {it['bytes_a_line']:.0f} B |",
         ]
     if "mlflow" in found:
         it = found["mlflow"]
-        first, last = (
-            statistics.mean(sample["cpu_seconds"] for sample in part)
-            for part in (it["samples"][1 : len(it["samples"]) // 4 + 1], it["samples"][-len(it["samples"]) // 4 :])
-        )
+        cpu = {
+            method: statistics.median(sample["cpu_seconds"] for sample in it["samples"] if sample["method"] == method)
+            for method in dict.fromkeys(sample["method"] for sample in it["samples"])
+        }
         text += [
             "",
             "| MLflow on SQLite, a cell | |",
             "| --- | --- |",
             f"| database, {it['steps']} steps | {it['database_bytes_a_cell'] / 1e6:.2f} MB |",
             f"| files | {it['file_bytes_a_cell'] / 1e6:.2f} MB |",
-            f"| CPU, among the first and the last of {it['cells']} cells | {first:.2f} s, {last:.2f} s |",
+            "| CPU | " + ", ".join(f"{method} {seconds:.1f} s" for method, seconds in cpu.items()) + " |",
         ]
     return "\n".join(text)
 
