@@ -14,7 +14,7 @@ from pydantic import Field
 
 from molf.config import PARAMS, SOURCES_LOCK, fingerprint, load_params
 from molf.errors import UserError
-from pipelines import checkout, versions
+from pipelines import checkout, runs, versions
 from pipelines.form import HOME
 
 DEPLOYMENT = "compare-methods/on-demand"
@@ -53,6 +53,7 @@ def watch_data(
     """
     log = get_run_logger()
     home = checkout.home(HOME)
+    runs.begin(home)  # a comparison that was killed is under way no longer
     params = load_params(home / PARAMS)
     hashes = versions.hashes(home)
     now = versions.local(params, home, hashes)
