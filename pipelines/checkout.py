@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 
-from molf.config import PARAMS, read_yaml
+from molf.config import PARAMS, editor, read_yaml
 from molf.paths import SCRATCH, own_tools, write_text
 from molf.secrets import concealed
 from pipelines.graph import Job
@@ -244,8 +244,7 @@ def edit(path: Path, changes: Mapping[str, object]) -> None:
     Raises:
         KeyError: A block on the way lacks; its args are the dotted key.
     """
-    yaml = YAML()
-    yaml.width = 120
+    yaml = editor()
     data = yaml.load(path.read_text(encoding="utf-8"))
     for dotted, value in changes.items():
         *blocks, last = dotted.split(".")
@@ -257,6 +256,9 @@ def edit(path: Path, changes: Mapping[str, object]) -> None:
         if not isinstance(block, dict):
             raise KeyError(dotted)
         block[last] = value
+        if isinstance(value, list):
+            block[last] = CommentedSeq(value)
+            block[last].fa.set_flow_style()  # [a, b], as grids are written
     text = StringIO()
     yaml.dump(data, text)
     write_text(path, text.getvalue())

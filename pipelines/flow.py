@@ -200,7 +200,7 @@ def _compare(
     if place.root != place.home:
         last = "checkout" if settings.flow.pool is None else "pull"
         first = "commit or stash your changes, then " if checkout.uncommitted(place.home) else ""
-        log.info(f"next: git diff HEAD...molf/{key}; {first}git merge molf/{key} && dvc {last}")
+        log.info(f"next: git diff HEAD...molf/{key}; {first}git merge molf/{key} && dvc {last} --with-deps compare")
     sentence: str = comparison["sentence"]
     return sentence
 

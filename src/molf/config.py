@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -29,6 +29,9 @@ from molf.blocks import (
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, Cell
 from molf.problems import credentials, cross_checks, sentence
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
 
 PARAMS = Path("params.yaml")
 SOURCES_LOCK = Path("sources.lock")
@@ -202,6 +205,18 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML, {where}: {problem}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def editor() -> "YAML":
+    """Reads and writes a YAML file as people wrote it: comments and order stay, null is written out."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 120
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
 
 
 def check_params(raw: Any, file: str) -> Params:

@@ -47,9 +47,11 @@ def test_a_snapshot_sees_a_change_of_the_same_size_in_the_same_second(repository
 
 def test_params_are_edited_with_their_comments_kept(repository: Path) -> None:
     path = repository / "params.yaml"
+    path.write_text(path.read_text() + "limit: null # none\n")
     checkout.edit(path, {"grid.seeds": [1, 2]})
+    assert "[1, 2]" in path.read_text() and "limit: null # none" in path.read_text()
     assert "# which" in path.read_text() and "tasks: [a]" in path.read_text()
-    assert read_yaml(path) == {"grid": {"seeds": [1, 2], "tasks": ["a"]}}
+    assert read_yaml(path) == {"grid": {"seeds": [1, 2], "tasks": ["a"]}, "limit": None}
     with pytest.raises(KeyError, match="gird.seeds"):
         checkout.edit(path, {"gird.seeds": [1]})
 

@@ -5,7 +5,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from molf.config import check_params, read_yaml
+from molf.config import check_params, editor, read_yaml
 from molf.errors import UserError
 from molf.paths import atomic
 
@@ -63,15 +63,12 @@ def apply(name: str, path: Path, dry_run: bool = False) -> list[str]:
     Raises:
         UserError: There is no such preset, or the file does not parse.
     """
-    from ruamel.yaml import YAML
-
     current = read_yaml(path)
     wanted = merged(name, current if isinstance(current, dict) else {})
     check_params(wanted, f"preset {name}")
     changes = _changes(_flat(current), _flat(wanted))
     if changes and not dry_run:
-        yaml = YAML()  # round trip: comments and order stay
-        yaml.width = 120
+        yaml = editor()
         document = yaml.load(path.read_text(encoding="utf-8"))
         _update(document, wanted)
         text = StringIO()
