@@ -430,6 +430,7 @@ def main() -> None:
     parser.add_argument("--promote", action="store_true", help="let the best cell that passes the gate be champion")
     parser.add_argument("--in-place", action="store_true", help="work in this checkout, without a branch and a commit")
     options = vars(parser.parse_args())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     signal.signal(signal.SIGTERM, _terminated)  # to which Prefect hands on what it catches during the run
     try:
         if not PREFECT_API_URL.value():

@@ -25,7 +25,8 @@ def main() -> None:
     options = vars(parser.parse_args())
     port = options.pop("port")
     schedules = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # of SIGINT too: a shell's background job ignores it
+        signal.signal(number, signal.default_int_handler)
     api = os.environ.get("PREFECT_API_URL")
     try:
         with contextlib.ExitStack() as stack:
