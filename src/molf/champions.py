@@ -4,14 +4,12 @@ The registry holds what is known of a model; its weights stay in DVC, which a ve
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from molf import cards, export, lineage, machine, mlflow_cells, promotion, recor
 from molf.blocks import Gate
 from molf.config import NAME, Params
 from molf.errors import RunError, UserError, first_line, plain
-from molf.mlflow_store import Store, client_of, uri_of
+from molf.mlflow_store import Store, client_of, locked, uri_of
 from molf.paths import MODELS, REPORTS, SCRATCH, Cell, read_json, write_json, write_text
 from molf.promotion import Action, Candidate, Decision, Measured, Rival
 from molf.report import comparison as comparing
@@ -536,23 +534,11 @@ def _guarded() -> Iterator[None]:
         ) from None
 
 
-@contextlib.contextmanager
-def _promoting() -> Iterator[None]:
+def _promoting() -> contextlib.AbstractContextManager[None]:
     """One promotion at a time in all worktrees of a repository."""
     try:
         command = ["git", "rev-parse", "--path-format=absolute", "--git-common-dir"]
         folder = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         folder = SCRATCH
-        folder.mkdir(exist_ok=True)
-    deadline = time.monotonic() + LOCK_SECONDS
-    with (folder / "molf-promote.lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"another promotion runs for over {LOCK_SECONDS:.0f} s; end it first") from None
-                time.sleep(0.1)
-        yield
+    return locked(folder / "molf-promote.lock", LOCK_SECONDS)

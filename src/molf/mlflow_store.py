@@ -421,12 +421,24 @@ def folder_of(uri: str, root: Path) -> Path:
     return (root if file == uri else Path(file).parent).resolve()
 
 
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _locked(root: Path) -> contextlib.AbstractContextManager[None]:
     """One process at a time: several that create a fresh SQLite store together leave it unusable."""
-    path = root / ".molf/mlflow.lock"
+    return locked(root / ".molf/mlflow.lock", LOCK_SECONDS)
+
+
+@contextlib.contextmanager
+def locked(path: Path, seconds: float) -> Iterator[None]:
+    """Holds a lock between processes within its `with` block.
+
+    Args:
+        path: Its file, made if it lacks.
+        seconds: How long another process may hold it.
+
+    Raises:
+        RunError: Another holds it for longer.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_SECONDS
+    deadline = time.monotonic() + seconds
     with path.open("w") as file:
         while True:
             try:
@@ -434,6 +446,6 @@ def _locked(root: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise RunError(f"another process holds {path} for over {LOCK_SECONDS:.0f} s") from None
+                    raise RunError(f"another process holds {path} for over {seconds:.0f} s") from None
                 time.sleep(0.05)
         yield
