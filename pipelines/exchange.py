@@ -84,6 +84,7 @@ class Traffic:
 
         self.repo = Repo()
         self.odb = self.repo.cloud.get_remote_odb(None, "fetch --run-cache", hash_name="md5-dos2unix")
+        self.files_odb = self.repo.cloud.get_remote_odb(None, "fetch", hash_name="md5")
         self.stages = {stage.name: stage for stage in self.repo.index.stages if isinstance(stage, PipelineStage)}
         self.made = {out.def_path: out for stage in self.stages.values() for out in stage.outs}
         self.files: dict[str, Any] = {}  # dependencies that no stage makes, hashed
@@ -154,7 +155,9 @@ class Traffic:
                 entry = COMPILED_LOCK_FILE_STAGE_SCHEMA(parse_yaml(file.read(), path))
             if fs.name(path) != _get_cache_hash(dict(entry)) or _get_cache_hash(dict(entry), key=True) != key:
                 continue
-            if all(self.odb.exists(out["md5"]) for out in entry.get("outs", [])):  # entries outlive what they name
+            if all(
+                self.files_odb.exists(out["md5"]) for out in entry.get("outs", [])
+            ):  # entries outlive what they name
                 yield entry
 
     def _folder(self, key: str) -> str:
