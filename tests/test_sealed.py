@@ -174,7 +174,9 @@ def test_a_flow_without_a_network_and_a_stage_that_prints_its_environment(tmp_pa
     home.mkdir()
     script = toy.root / "stage.py"
     tell = 'if "train@" in name and "-fft-" in name:\n    print(dict(os.environ), flush=True)\n    sys.exit(3)\n'
-    script.write_text(script.read_text().replace("order = toy", tell + "order = toy"))
+    first = "name, *rest = sys.argv[1:]\n"
+    assert first in script.read_text()
+    script.write_text(script.read_text().replace(first, first + tell))
     (toy.root / ".env").write_text(f"HF_TOKEN={MARK}")  # git ignores it, and so no commit of the flow may have it
     toy.commit("a stage that tells too much")
     environment = sealed.bare(
