@@ -385,7 +385,7 @@ def test_the_cell_of_a_dead_machine_goes_to_another_and_a_cancelled_coordinator_
         assert alive(pid)
     finally:
         flow.process.send_signal(signal.SIGINT)
-    assert "interrupted" in flow.end(1)
+    assert "interrupted" in flow.end(128 + signal.SIGINT)
     until(lambda: not alive(pid))
     states = flow_runs(team.shared.api, f"run:{re.findall('run ([0-9]+-[0-9]+-[0-9a-f]+) in', flow.said)[0]}")
     assert sorted(run["state_type"] for run in states if run["name"] == "tiny.fact.fft.0") == ["CANCELLED", "CRASHED"]
