@@ -46,7 +46,6 @@ from pipelines.graph import Graph, Job
 from pipelines.server import HOST, NoServer, server
 from pipelines.tasks import NotSetUp, Slots, bring, cell, find, offer, reproduce, why
 
-ROOT = Path(__file__).resolve().parents[1]
 NEXT = "the next run goes on from the checkpoints"
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)  # how many run at once, the slots say
 

@@ -42,10 +42,10 @@ from molf.report.lacking import Kind, Lack
 from pipelines import blocks, checkout, locks, runs
 from pipelines.checkout import FLOW, git
 from pipelines.commands import ended_together
+from pipelines.form import HOME
 from pipelines.graph import Job
 from pipelines.tasks import NotSetUp, Slots, cell, why
 
-ROOT = Path(__file__).resolve().parents[1]
 OPEN = 1000  # flow runs at once that are given out and not ended; more than a pool has slots, or those stand idle
 POLL = 2.0  # seconds between two looks at them
 PAGE = 200  # flow runs that Prefect's server tells at once
@@ -88,7 +88,7 @@ def run_cell(job: Job, commit: str, key: str, gpus: int, retries: int, sign: flo
 
 
 def _run_cell(job: Job, commit: str, key: str, gpus: int, retries: int, sign: float) -> None:
-    home = checkout.home(Path(os.environ.get("MOLF_CHECKOUT", ROOT)))
+    home = checkout.home(HOME)
     cpu = load_params(home / PARAMS).flow.cpu_slots  # the machine's own, not the coordinator's
     slots = Slots(home / FLOW / "slots", tuple(locks.gpus()), cpu)
     slots.check(gpus)

@@ -10,21 +10,14 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from molf.paths import own_tools
+from molf.paths import PRIVATE, own_tools
 from tests.browser import chromium as chromium
 from tests.browser import window as window
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "../shared/data"
 WORDS = [f"w{i}" for i in range(40)]  # of the `base` fixture's tokenizer
-QUIET = {
-    "DVC_NO_ANALYTICS": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+QUIET = {**PRIVATE, "HF_HUB_OFFLINE": "1"}
 
 # A grid of two cells that takes a minute: what it learns does not matter.
 SMALL: dict[str, Any] = {

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from molf.mlflow_cells import history_rows
 from molf.mlflow_store import Store
 from molf.paths import Cell, own_tools, read_json
 from tests.conftest import QUIET, ROOT
+from tests.pipelines.conftest import free_port
 from tests.report import fake
 
 pytestmark = pytest.mark.acceptance
@@ -42,12 +42,6 @@ def postgres_programs() -> Path | None:
     if found := shutil.which("initdb"):
         return Path(found).resolve().parent
     return max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=None)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from molf.paths import read_json
 from pipelines import checkout, locks
 from pipelines.graph import Job
 from pipelines.guard import descendants
-from pipelines.server import server
+from pipelines.server import answers, server
 from tests.conftest import SMALL, Project
 from tests.pipelines.conftest import free_port
 from tests.pipelines.test_commands import alive, needs_proc, until
@@ -260,20 +260,13 @@ def test_a_flow_run_outlives_its_server(tmp_path: Path) -> None:
             return "evaluate@fft-0" in seen
 
         until(went_on, DONE)
-        until(lambda: not _answers(api), ENDED)
+        until(lambda: not answers(api), ENDED)
         stack.enter_context(server(port, home, log))
         said, _ = flow.communicate(timeout=DONE)
         assert flow.returncode == 0, said
         assert state(api, run) == "COMPLETED"
     seen += stages(toy)
     assert sorted(seen) == sorted(set(seen)) and seen[-1] == "compare"
-
-
-def _answers(api: str) -> bool:
-    try:
-        return bool(ask(api, "health"))
-    except OSError:
-        return False
 
 
 @needs_proc

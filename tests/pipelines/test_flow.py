@@ -3,29 +3,16 @@
 import json
 import re
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines import checkout, graph
-from pipelines.flow import ROOT
+from pipelines.form import ROOT
 from tests.conftest import Project
 from tests.pipelines.toy import Toy
-
-
-def until(what: Any, seconds: float) -> Any:
-    """Calls `what` until it answers with something true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if answer := what():
-            return answer
-        time.sleep(0.5)
-    pytest.fail(f"waited {seconds} s in vain")
-
 
 DOT = """strict digraph {
 "compare";
