@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.device import Device
 from molf import MoLFLinear, RoutingRecorder, presets
-from molf.blocks import FftMethod, LoraMethod, MethodBlock, MolfEfficientMethod, MolfMethod
 from molf.config import Training
+from molf.method_blocks import FftMethod, LoraMethod, MethodBlock, MolfEfficientMethod, MolfMethod
 from molf.methods import METHODS
 
 RANK = 128

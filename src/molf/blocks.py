@@ -1,4 +1,4 @@
-"""The blocks that params.yaml may hold below `grid`, `models`, `tasks`, `methods` and `general`."""
+"""The blocks that params.yaml may hold below `grid`, `models`, `tasks`, `general` and `promotion`."""
 
 import re
 from pathlib import Path
@@ -261,82 +261,6 @@ class ChoiceTask(TaskBase):
 
 
 TaskBlock = Annotated[SqlTask | MedTask | FactTask | CompletionTask | ChoiceTask, Field(discriminator="kind")]
-
-
-# --- methods -------------------------------------------------------------------------------------------------------
-
-
-class FftMethod(Block):
-    """Full fine-tuning: every parameter with AdamW."""
-
-    kind: Literal["fft"]
-    learning_rate: Positive
-    weight_decay: NotNegative
-
-
-class LoraMethod(Block):
-    """One LoRA adapter by PEFT on all linear layers but the excluded."""
-
-    kind: Literal["lora"]
-    r: Count
-    lora_alpha: Positive
-    use_rslora: bool  # scale alpha / sqrt(r) instead of alpha / r
-    lora_dropout: Fraction
-    exclude_modules: list[str]
-    learning_rate: Positive
-    weight_decay: NotNegative
-
-
-class MolfMethod(Block):
-    """Mixture of LoRA and full: each module's update goes to its weight or to a LoRA expert (DESIGN.md section 2)."""
-
-    kind: Literal["molf"]
-    r: Annotated[list[Count], Field(min_length=1)]
-    lora_alpha: Positive
-    use_rslora: bool
-    lora_dropout: Fraction
-    exclude_modules: list[str]
-    forward: Literal["auto", "effective", "dense"]
-    top_k: Count  # experts that win in each module and step
-    score: Literal["epd", "pfn"]
-    learning_rate: Positive  # of the full weights and of everything outside the target modules
-    lora_learning_rate: Positive
-    weight_decay: NotNegative
-    lora_weight_decay: NotNegative
-
-    @model_validator(mode="after")
-    def _fits(self) -> "MolfMethod":
-        if self.top_k > len(self.r) + 1:
-            raise ValueError(
-                f"top_k is {self.top_k}, but there are {len(self.r) + 1} experts (the full weight included)"
-            )
-        if self.forward == "effective" and self.lora_dropout > 0:
-            raise ValueError("forward: effective needs lora_dropout: 0; use forward: auto or dense")
-        return self
-
-
-class MolfEfficientMethod(Block):
-    """MoLF with a frozen base: each module's update goes to one of several LoRA experts."""
-
-    kind: Literal["molf-e"]
-    r: Annotated[list[Count], Field(min_length=2)]
-    lora_alpha: Positive
-    use_rslora: bool
-    lora_dropout: Fraction
-    exclude_modules: list[str]
-    top_k: Count
-    score: Literal["epd", "pfn"]
-    learning_rate: Positive
-    weight_decay: NotNegative
-
-    @model_validator(mode="after")
-    def _fits(self) -> "MolfEfficientMethod":
-        if self.top_k > len(self.r):
-            raise ValueError(f"top_k is {self.top_k}, but there are {len(self.r)} experts")
-        return self
-
-
-MethodBlock = Annotated[FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod, Field(discriminator="kind")]
 
 
 # --- general -------------------------------------------------------------------------------------------------------

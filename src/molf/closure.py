@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent
 VIEWS = frozenset(
     f"molf{name}"
     for name in (
-        *("", ".errors", ".blocks", ".config", ".problems", ".paths", ".secrets"),
+        *("", ".errors", ".blocks", ".method_blocks", ".config", ".problems", ".paths", ".secrets"),
         *(".machine", ".tracking", ".lineage", ".notes", ".cards", ".closure", ".estimate", ".memory"),
     )
 )

@@ -19,7 +19,6 @@ from molf.blocks import (
     Gate,
     GeneralBlock,
     Grid,
-    MethodBlock,
     ModelBlock,
     Positive,
     Promotion,
@@ -27,6 +26,7 @@ from molf.blocks import (
     TaskBlock,
 )
 from molf.errors import UserError
+from molf.method_blocks import MethodBlock
 from molf.paths import BASE_METHOD, Cell
 from molf.problems import credentials, cross_checks, sentence
 

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from molf import kernels
 from molf.adamw import WORTH_COMPILING
-from molf.blocks import MethodBlock
 from molf.config import Training
 from molf.errors import UserError
+from molf.method_blocks import MethodBlock
 from molf.nn import MoLFLinear
 
 if TYPE_CHECKING:

@@ -17,16 +17,14 @@ from molf.batches import encode_examples, read_examples, total_steps
 from molf.blocks import (
     GgufModel,
     HubModel,
-    MethodBlock,
     ModelBlock,
-    MolfEfficientMethod,
-    MolfMethod,
     PathModel,
     TinyModel,
 )
 from molf.config import Params, Training
 from molf.errors import UserError
 from molf.estimate import Memory, Shape
+from molf.method_blocks import MethodBlock, MolfEfficientMethod, MolfMethod
 from molf.methods import keeps_weights
 from molf.models import folder_bytes
 from molf.paths import CHECKPOINTS, MODELS, PREPARED, RESULTS, Cell, read_json

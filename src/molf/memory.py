@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from molf.blocks import MethodBlock
 from molf.config import Training
 from molf.errors import RunError, UserError, first_line
+from molf.method_blocks import MethodBlock
 from molf.models import ran_out
 
 MICRO_BATCHES = "MOLF_MICRO_BATCHES"  # variable of the environment

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from molf import estimate
-from molf.blocks import MethodBlock
 from molf.collective import agreed, gathered, rank, world_size
 from molf.config import Training
 from molf.errors import RunError
+from molf.method_blocks import MethodBlock
 from molf.models import load_model, weight_dtype
 
 if TYPE_CHECKING:

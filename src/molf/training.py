@@ -34,10 +34,10 @@ from molf.batches import (
     optimizer_steps,
     total_steps,
 )
-from molf.blocks import MethodBlock
 from molf.config import Training
 from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
+from molf.method_blocks import MethodBlock
 from molf.methods import METHODS
 from molf.models import autocast, folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
 from molf.resume import Keeper, ResumableTrainer

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from molf.adamw import plain_adamw
-from molf.blocks import FftMethod
 from molf.config import Training
+from molf.method_blocks import FftMethod
 from molf.models import load_model
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from molf.adamw import plain_adamw
-from molf.blocks import LoraMethod
 from molf.config import Training
+from molf.method_blocks import LoraMethod
 from molf.models import load_model
 
 

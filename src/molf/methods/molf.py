@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from molf.blocks import MolfMethod
 from molf.config import Training
+from molf.method_blocks import MolfMethod
 from molf.models import load_model
 from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
 from molf.optim import MoLFAdamW, molf_param_groups

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from molf.blocks import MolfEfficientMethod
 from molf.config import Training
+from molf.method_blocks import MolfEfficientMethod
 from molf.methods import lora
 from molf.nn import MoLFConfig, apply_molf, save_peft_adapter
 from molf.optim import MoLFAdamW, molf_param_groups
