@@ -9,7 +9,7 @@ from benchmarks import real
 from benchmarks.measure import Result, Row, Settings, Skipped, side_by_side
 from molf.batches import Collator, encode_examples
 from molf.encoding import IGNORED
-from molf.training import completion_loss
+from molf.methods.sample import completion_loss
 
 # Examples in a batch, and how many times as many tokens a second must go through.
 TASKS: dict[str, tuple[int, float | None]] = {"fact": (32, 1.5), "med": (8, None)}

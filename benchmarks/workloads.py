@@ -115,7 +115,7 @@ class Trainee:
         block = method_block(kind)
         self.method = METHODS[block.kind]
         self.device = device
-        self.model: Any = self.method.prepare(model.to(device.type), block).train()
+        self.model: Any = self.method.prepare(model.to(device.type), block, None).train()
         self.optimizer = self.method.optimizer(self.model, block, training_block())
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.recorder = RoutingRecorder() if self.method.routed(block) else None

@@ -27,6 +27,7 @@ from molf.batches import SeededOrder
 from molf.checkpoint import Checkpoints, part
 from molf.config import check_params, read_yaml
 from molf.errors import Interrupted, RunError
+from molf.methods.sample import completion_loss
 from molf.models import autocast, folder_hash
 from molf.optim import AdamW
 from molf.resume import (
@@ -39,7 +40,7 @@ from molf.resume import (
     restore_random_state,
     split,
 )
-from molf.training import Outcome, completion_loss, train
+from molf.training import Outcome, train
 from tests.conftest import ROOT, Project, frame
 
 WALL = ["tokens_per_second", "seconds", "peak_memory_bytes"]  # columns of the history that no two runs share

@@ -14,8 +14,9 @@ from molf.encoding import IGNORED, PLAIN_CHAT
 from molf.errors import RunError, UserError
 from molf.evaluation import LanguageModel
 from molf.methods import METHODS
+from molf.methods.sample import completion_loss
 from molf.models import folder_hash, load_model, load_tokenizer
-from molf.training import Outcome, completion_loss, train, warmup_steps
+from molf.training import Outcome, train, warmup_steps
 from tests.conftest import ROOT, frame, talks
 
 

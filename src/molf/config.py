@@ -6,7 +6,8 @@ No field that shapes a result has a default: what a cell was made with stands in
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -234,9 +235,24 @@ def check_params(raw: Any, file: str) -> Params:
     problems += [f"{file}: {problem}" for problem in credentials(raw)]
     if isinstance(raw, dict):
         problems += [f"{file}: {problem}" for problem in cross_checks(raw, Grid.model_fields, Training, Gate)]
+    if params is not None and not problems:
+        problems += [f"{file}: {problem}" for problem in _unshared(params)]
     if problems or params is None:
         raise UserError(problems)
     return params
+
+
+def _unshared(params: Params) -> Iterator[str]:
+    """Methods of the grid of which several processes cannot share a cell in the way that `training` asks for."""
+    for name, task in product(params.grid.methods, params.grid.tasks):
+        budget, unfit = params.training_for(task), params.methods[name].unfit()
+        way: Literal["ddp", "fsdp"] = "fsdp" if budget.sharding == "fsdp" else "ddp"  # auto falls back to ddp
+        if budget.processes > 1 and way in unfit:
+            other = "ddp" if way == "fsdp" and "ddp" not in unfit else None
+            yield (
+                f"methods.{name}: {budget.processes} processes cannot train {task} with it under {way}: {unfit[way]}; "
+                f"set training.{f'sharding to {other}, or training.' if other else ''}processes to 1"
+            )
 
 
 def cell_config(params: Params, cell: Cell) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def cell_memory(
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-                model = METHODS[block.kind].prepare(model, block)
+                model = METHODS[block.kind].prepare(model, block, None)
         except ValueError as error:
             raise UserError(f"method {block.kind} does not fit this model: {error}") from None
         sizes = _sizes(model, training.moments)
@@ -349,7 +349,7 @@ class _Tracker(TorchDispatchMode):
 
 
 def _loss(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor, keep: int) -> torch.Tensor:
-    """`training.completion_loss` where the completions' lengths are known, since fake labels cannot be read."""
+    """`completion_loss` where the completions' lengths are known, since fake labels cannot be read."""
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

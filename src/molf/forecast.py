@@ -117,7 +117,7 @@ def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, im
         imports: Bytes of a process before it trains; 0 on a GPU.
     """
     training, block = params.training_for(cell.task), params.methods[cell.method]
-    count, shared = training.processes, sharding.of(lambda: memory, training)
+    count, shared = training.processes, sharding.of(lambda: memory, block, training)
     steps = None if lengths is None else total_steps(training, len(lengths.whole))
     experts = 0
     if isinstance(block, MolfMethod | MolfEfficientMethod):

@@ -83,7 +83,7 @@ def needed(base: Path, block: MethodBlock, training: Training, parts: int = 1) -
 
     try:
         memory = estimate.for_cell(base, block, split(training, parts))
-        shared = sharding.of(lambda: memory, training)
+        shared = sharding.of(lambda: memory, block, training)
         if shared is None:
             return f"This cell needs {memory.sentence()} above its imports. {advice(training, parts=parts)}"
         ddp, fsdp = (estimate.per_process(memory, training.processes, kind) for kind in ("ddp", "fsdp"))

@@ -7,7 +7,15 @@ from pydantic import Field, model_validator
 from molf.blocks import Block, Count, Fraction, NotNegative, Positive
 
 
-class FftMethod(Block):
+class MethodBase(Block):
+    """What every method block may say."""
+
+    def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
+        """How several processes cannot share a cell of it, each with the reason; what works is not in it."""
+        return {}
+
+
+class FftMethod(MethodBase):
     """Full fine-tuning: every parameter with AdamW."""
 
     kind: Literal["fft"]
@@ -15,7 +23,7 @@ class FftMethod(Block):
     weight_decay: NotNegative
 
 
-class LoraMethod(Block):
+class LoraMethod(MethodBase):
     """One LoRA adapter by PEFT on all linear layers but the excluded."""
 
     kind: Literal["lora"]
@@ -28,7 +36,7 @@ class LoraMethod(Block):
     weight_decay: NotNegative
 
 
-class MolfMethod(Block):
+class MolfMethod(MethodBase):
     """Mixture of LoRA and full: each module's update goes to its weight or to a LoRA expert (DESIGN.md section 2)."""
 
     kind: Literal["molf"]
@@ -56,7 +64,7 @@ class MolfMethod(Block):
         return self
 
 
-class MolfEfficientMethod(Block):
+class MolfEfficientMethod(MethodBase):
     """MoLF with a frozen base: each module's update goes to one of several LoRA experts."""
 
     kind: Literal["molf-e"]

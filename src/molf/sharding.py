@@ -35,22 +35,23 @@ def choose(base: Path, block: MethodBlock, training: Training, shape: estimate.S
         training: The budget, the task's overrides included.
         shape: Of a process's largest micro-batch.
     """
-    return agreed(lambda: of(lambda: estimate.for_cell(base, block, training, shape), training))
+    return agreed(lambda: of(lambda: estimate.for_cell(base, block, training, shape), block, training))
 
 
-def of(memory: Callable[[], estimate.Memory], training: Training) -> str | None:
+def of(memory: Callable[[], estimate.Memory], block: MethodBlock, training: Training) -> str | None:
     """`ddp` or `fsdp`, by the budget and this machine; None for one process alone.
 
     Args:
         memory: Estimates the cell as one process alone would train it; asked only where the choice depends on it.
+        block: The method's block of params.yaml.
         training: The budget, the task's overrides included.
     """
     if training.processes == 1:
         return None
     if training.sharding != "auto":
         return training.sharding
-    if training.moments == "8bit":
-        return "ddp"  # its codes are in blocks that know no rows
+    if training.moments == "8bit" or "fsdp" in block.unfit():
+        return "ddp"  # 8-bit codes are in blocks that know no rows
     needed = estimate.per_process(memory(), training.processes, "ddp")
     return "ddp" if needed <= SHARE * memory_of(training.processes) else "fsdp"
 
@@ -119,7 +120,7 @@ def whole_model(
     """
     whole = None
     if rank() == 0:
-        whole = method.prepare(load_model(base, weight_dtype(training.dtype)), block)
+        whole = method.prepare(load_model(base, weight_dtype(training.dtype)), block, None)
     own = dict(whole.named_parameters()) if whole is not None else {}
     for name, parameter in sharded.named_parameters():
         full = full_tensor(parameter)

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,8 @@ from molf.config import Training
 from molf.encoding import IGNORED
 from molf.errors import RunError, UserError
 from molf.method_blocks import MethodBlock
-from molf.methods import METHODS
+from molf.methods import METHODS, optional
+from molf.methods.sample import Sample, completion_loss
 from molf.models import autocast, folder_bytes, load_model, load_tokenizer, parameter_counts, weight_dtype
 from molf.resume import Keeper, ResumableTrainer
 from molf.routing import RoutingError, RoutingRecorder
@@ -59,33 +61,6 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def completion_loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], items: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross-entropy of the labelled tokens, with the head run on no more positions than the longest completion needs.
-
-    Args:
-        model: Causal language model that takes `logits_to_keep`.
-        inputs: `Collator`'s batch.
-        items: Labelled tokens of all micro-batches of the optimizer step, so that the sum over them is a mean; of this
-            batch alone when None.
-
-    Returns:
-        Scalar.
-    """
-    labels = inputs["labels"]
-    # Left padding puts every completion at the end; the position before its first token predicts it.
-    first = max(1, int((labels != IGNORED).any(dim=0).int().argmax()))
-    keep = labels.shape[1] - first + 1
-    fields = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**fields, logits_to_keep=keep, use_cache=False).logits[:, :-1]
-    targets = labels[:, first:]
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss / ((targets != IGNORED).sum() if items is None else items)
-
-
 class CellTrainer(ResumableTrainer):
     """The Trainer, told what a method wants before gradients are clipped; no step is made of what is no number."""
 
@@ -104,7 +79,7 @@ class CellTrainer(ResumableTrainer):
     ) -> None:
         self.shared = shared
         super().__init__(**arguments)
-        self.method, self.order = method, order
+        self.method, self.order, self.penalty = method, order, optional(method, "penalty")
         self.batches = SeededBatches(order, self.args.train_batch_size, collective.rank(), training.processes)
         self.optimizer = optimizer  # here, as the Trainer's own argument is refused under FSDP
         self.model_accepts_loss_kwargs = True
@@ -134,6 +109,11 @@ class CellTrainer(ResumableTrainer):
         # accelerate puts autocast around the forward itself, but not under FSDP.
         with self.accelerator.autocast() if self.shared == "fsdp" else contextlib.nullcontext():
             loss = completion_loss(model, inputs, num_items_in_batch)
+        if self.penalty is not None and (penalty := self.penalty(self.model)) is not None:
+            # By its share of the step's labels, so that all micro-batches of all processes together add it once; in the
+            # gradient alone, so that losses of all methods compare.
+            share = (inputs["labels"] != IGNORED).sum() / num_items_in_batch
+            loss = loss + share * (penalty - penalty.detach())
         # The items are those of all processes, and gradients are averaged over these, not summed.
         return loss * self.accelerator.num_processes
 
@@ -177,6 +157,18 @@ class CellTrainer(ResumableTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self.batches.set_epoch(int(self.state.epoch or 0))  # for versions that do not reach below a wrapper
+
+
+class AfterStep(TrainerCallback):
+    """Calls a method's `after_step`."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def on_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        self.call(model, state.global_step + 1, state.max_steps)
 
 
 class Bar(ProgressCallback):
@@ -286,7 +278,7 @@ def train(
 
     Raises:
         UserError: No example fits in `max_length`.
-        RunError: The loss or the gradients are not finite, or routing did not happen as claimed.
+        RunError: The loss or the gradients are not finite, or the method did not do what it claims.
         Interrupted: After SIGINT or SIGTERM in its steps, with a checkpoint.
     """
     if training.processes != collective.world_size():
@@ -299,17 +291,19 @@ def train(
     examples = encode_examples(tokenizer, examples_frame, training.max_length)
     set_seed(seed)
     model = load_model(base, weight_dtype(training.dtype))
+    rows, micro_batches = training.micro_batches()
+    order, collator = SeededOrder(len(examples), seed), Collator(tokenizer.pad_token_id)
+    accumulation = micro_batches * training.processes
+    sample = Sample(SeededBatches(order, rows), examples.rows, collator, model, accumulation)
     try:
-        model = method.prepare(model, block)
+        model = method.prepare(model, block, sample)
         optimizer = method.optimizer(model, block, training)
     except ValueError as error:
         raise UserError(f"method {block.kind} does not fit this model: {error}") from None
     trained, total = parameter_counts(model)
     routing = RoutingRecorder() if method.routed(block) else None
     recorder = Recorder(optimizer, routing, listener)
-    rows, micro_batches = training.micro_batches()
     shared = sharding.choose(base, block, training, estimate.Shape(rows, *examples.longest()))
-    order = SeededOrder(len(examples), seed)
     arguments = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=rows,
@@ -350,8 +344,8 @@ def train(
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[recorder],
+        data_collator=collator,
+        callbacks=[recorder, *([AfterStep(after_step)] if (after_step := optional(method, "after_step")) else [])],
     )
     if collective.rank() > 0:
         torch.manual_seed(seed + 1_000_003 * collective.rank())  # else all would drop out the same positions
@@ -360,12 +354,14 @@ def train(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
     recorder.trainer = trainer
+    stateful, proof = optional(method, "stateful"), optional(method, "proof")
+    own = {f"method.{name}": part for name, part in stateful(model).items()} if stateful else {}
     reset_peak_memory()
     try:
         if keeper is None:
             trainer.train()
         else:
-            keeper.train(trainer, {"recorder": recorder} | ({"routing": routing} if routing else {}))
+            keeper.train(trainer, {"recorder": recorder} | ({"routing": routing} if routing else {}) | own)
         seconds = recorder.seconds
         recorder.meter.stop()
         record = pd.DataFrame(routing.columns()) if routing is not None else None
@@ -383,6 +379,7 @@ def train(
         sharding.require_same([routing.winners()], "winners")
     if shared == "ddp":
         sharding.require_same(model.parameters(), "weights at the end")
+    adaptation = proof(model, optimizer, block) if proof else None
     whole = sharding.whole_model(model, method, block, base, training) if shared == "fsdp" else model
     if collective.rank() == 0:
         try:
@@ -410,6 +407,7 @@ def train(
         "order_hash": order.digest(math.ceil(trainer.state.epoch or 0)),
         "resumed_at_steps": keeper.resumed_at if keeper else [],
         "routing": routed,
+        "adaptation": adaptation,
         "warnings": _warnings(routed, examples, len(keeper.hardware) if keeper else 1),
     }
     return Outcome(history, record, summary)

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 from molf.adamw import plain_adamw
 from molf.config import Training
 from molf.method_blocks import FftMethod
+from molf.methods.sample import Sample
 from molf.models import load_model
 
 
-def prepare(model: PreTrainedModel, block: FftMethod) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, block: FftMethod, sample: Sample | None) -> PreTrainedModel:
     """Trains all parameters."""
     return model.requires_grad_(True)
 

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from molf.adamw import plain_adamw
 from molf.config import Training
 from molf.method_blocks import LoraMethod
+from molf.methods.sample import Sample
 from molf.models import load_model
 
 
-def prepare(model: PreTrainedModel, block: LoraMethod) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, block: LoraMethod, sample: Sample | None) -> PreTrainedModel:
     """Adds the adapter, in the base's dtype, and freezes all else."""
     from peft import LoraConfig, get_peft_model
 

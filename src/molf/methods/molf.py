@@ -7,12 +7,13 @@ from transformers import PreTrainedModel
 
 from molf.config import Training
 from molf.method_blocks import MolfMethod
+from molf.methods.sample import Sample
 from molf.models import load_model
 from molf.nn import MoLFConfig, apply_molf, defer_lora_gradients, derive_lora_gradients, merge_molf
 from molf.optim import MoLFAdamW, molf_param_groups
 
 
-def prepare(model: PreTrainedModel, block: MolfMethod) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, block: MolfMethod, sample: Sample | None) -> PreTrainedModel:
     """Gives each target its experts; the base stays trained."""
     config = MoLFConfig(
         r=tuple(block.r),

@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 from molf.config import Training
 from molf.method_blocks import MolfEfficientMethod
 from molf.methods import lora
+from molf.methods.sample import Sample
 from molf.nn import MoLFConfig, apply_molf, save_peft_adapter
 from molf.optim import MoLFAdamW, molf_param_groups
 
 
-def prepare(model: PreTrainedModel, block: MolfEfficientMethod) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, block: MolfEfficientMethod, sample: Sample | None) -> PreTrainedModel:
     """Gives each target its experts and freezes all else."""
     config = MoLFConfig(
         r=tuple(block.r),
