@@ -145,6 +145,17 @@ def test_a_penalty_moves_gradients_once_a_step_and_no_loss(
     assert pulled.history["loss"].tolist() == plain.history["loss"].tolist()
 
 
+def test_what_a_method_took_and_warns_of_is_the_cells(
+    told: Told, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "proof", lambda *_: {"seconds": 1000.0, "warnings": ["ranks are alike"]})
+    outcome = cell(base, tmp_path / "cell")
+    assert outcome.summary["adaptation"] == {"seconds": 1000.0} and outcome.summary["warnings"] == ["ranks are alike"]
+    steps = outcome.history["seconds"].iloc[-1]
+    assert outcome.summary["train_seconds"] == pytest.approx(1000 + steps, abs=1)
+    assert outcome.summary["tokens_per_second"] == pytest.approx(outcome.history["tokens"].sum() / steps, rel=0.5)
+
+
 def test_a_penalty_that_is_no_number_stops_the_run(told: Told, base: Path, tmp_path: Path) -> None:
     told.weight = float("nan")
     with pytest.raises(RunError, match="step 1: loss nan"):
@@ -178,7 +189,7 @@ def test_a_sample_is_what_training_will_see(
     told: Told, base: Path, tmp_path: Path, heard: list[dict[str, Tensor]]
 ) -> None:
     cell(base, tmp_path / "cell", gradient_accumulation=2)
-    assert told.sample is not None and told.sample.accumulation == 2
+    assert told.sample is not None and (told.sample.accumulation, told.sample.steps) == (2, 6)
     for _ in range(2):  # asking changes nothing
         sample = told.sample.batches(10)
         assert len(heard) == len(sample) == 10

@@ -294,7 +294,8 @@ def train(
     rows, micro_batches = training.micro_batches()
     order, collator = SeededOrder(len(examples), seed), Collator(tokenizer.pad_token_id)
     accumulation = micro_batches * training.processes
-    sample = Sample(SeededBatches(order, rows), examples.rows, collator, model, accumulation)
+    steps = total_steps(training, len(examples))
+    sample = Sample(SeededBatches(order, rows), examples.rows, collator, model, accumulation, steps)
     try:
         model = method.prepare(model, block, sample)
         optimizer = method.optimizer(model, block, training)
@@ -380,6 +381,9 @@ def train(
     if shared == "ddp":
         sharding.require_same(model.parameters(), "weights at the end")
     adaptation = proof(model, optimizer, block) if proof else None
+    said = (adaptation or {}).pop("warnings", [])
+    # A method that looks at data before the first step pays for that as for its steps.
+    looked = (adaptation or {}).get("seconds", 0.0)
     whole = sharding.whole_model(model, method, block, base, training) if shared == "fsdp" else model
     if collective.rank() == 0:
         try:
@@ -392,7 +396,7 @@ def train(
         "method_kind": block.kind,
         "steps": int(history["step"].iloc[-1]),
         "final_loss": float(history["loss"].tail(max(1, len(history) // 10)).mean()),
-        "train_seconds": seconds,
+        "train_seconds": seconds + looked,
         "tokens_per_second": float(history["tokens"].sum() / seconds),
         **recorder.meter.totals().summary(),
         "peak_memory_bytes": max(recorder.peak, *peaks),
@@ -408,7 +412,7 @@ def train(
         "resumed_at_steps": keeper.resumed_at if keeper else [],
         "routing": routed,
         "adaptation": adaptation,
-        "warnings": _warnings(routed, examples, len(keeper.hardware) if keeper else 1),
+        "warnings": [*said, *_warnings(routed, examples, len(keeper.hardware) if keeper else 1)],
     }
     return Outcome(history, record, summary)
 

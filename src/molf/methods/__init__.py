@@ -16,7 +16,9 @@ penalty(model) -> Tensor | None             scalar, added to the mean loss of ea
 after_step(model, step, steps) -> None      after optimizer step `step` of `steps`, from 1 on, the gradients still there
 stateful(model) -> dict[str, Stateful]      what a checkpoint holds beside weights and optimizer (`resume.Stateful`)
 proof(model, optimizer, block) -> dict      after the last step, before `save`, in every process: that the method did
-                                            what it claims, as plain data for summary.json; RunError if it did not
+                                            what it claims, as plain data for summary.json; RunError if it did not.
+                                            Its `seconds`, of looking at data in `prepare`, join the training's time,
+                                            its `warnings` the cell's; `ranks`, {module: rank}, are drawn in the report
 """
 
 from collections.abc import Callable

@@ -53,6 +53,7 @@ class Sample:
     collate: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]
     model: torch.nn.Module
     accumulation: int  # micro-batches of one optimizer step of all processes together
+    steps: int = 0  # optimizer steps of the training; 0: not known
 
     def batches(self, count: int) -> list[dict[str, Tensor]]:
         """The first `count` of them, on the device where the model lies now (`models.to_device` moves it).
