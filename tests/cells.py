@@ -18,6 +18,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "molf-effective": ("molf", {"forward": "effective"}, "tied"),
     "molf-dense": ("molf", {"forward": "dense"}, "base"),
     "molf-e": ("molf-e", {"r": [2, 5]}, "base"),
+    "random": ("molf-e", {"r": [2, 5], "score_per": "layer", "winners": "random"}, "base"),
 }
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,179 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from molf import MoLFAdamW, MoLFConfig, apply_molf, kernels, merge_molf, molf_modules, molf_param_groups
-
-STEPS = 30
-LR, LORA_LR, DECAY, LORA_DECAY, CLIP = 2e-2, 3e-2, 0.1, 0.05, 1.0
-
-
-class Net(nn.Module):
-    """Two targets around a norm and a head that is none: each kind of parameter once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.up = nn.Linear(6, 9)
-        self.norm = nn.LayerNorm(9)
-        self.down = nn.Linear(9, 6, bias=False)
-        self.lm_head = nn.Linear(6, 11, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        return self.lm_head(x + self.down(self.norm(torch.tanh(self.up(x)))))
-
-
-def batches(count: int = STEPS) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randint(0, 11, (8,), generator=generator), torch.randint(0, 11, (8,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def schedule(step: int) -> float:
-    """Linear warm-up over 3 steps from a rate of 0, then a cosine."""
-    return step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / STEPS))
-
-
-def network(ranks: tuple[int, ...], forward: str = "auto", train_base: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    model = Net().double()
-    config = MoLFConfig(r=ranks, lora_alpha=3.0, train_base=train_base, forward=forward)  # type: ignore[arg-type]
-    model = apply_molf(model, config)
-    with torch.no_grad():  # B away from zero, so that both halves of the experts matter from the first step
-        for _, module in molf_modules(model):
-            for s, a, b in zip(module.scaling, module.lora_A, module.lora_B, strict=True):
-                b.normal_(0, 0.05)
-                if module.is_effective:
-                    module.weight.add_(s * b @ a)
-    return model
-
-
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    return molf_param_groups(model, LR, LORA_LR, DECAY, LORA_DECAY)
-
-
-def run(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: list[tuple[Tensor, Tensor]],
-    first: int = 0,
-    after: Callable[[int], None] = lambda step: None,
-) -> None:
-    """Trains with the schedule and global clipping."""
-    base = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    for step, (ids, targets) in enumerate(data, start=first):
-        for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * schedule(step)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(ids), targets).backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
-        optimizer.step()
-        after(step)
-
-
-class Transcription:
-    """The equations of DESIGN.md section 2, written out: own dense forward, own moments, plain loops."""
-
-    def __init__(self, model: nn.Module, ranks: tuple[int, ...], k: int, score: str, train_base: bool) -> None:
-        self.k, self.score, self.train_base = k, score, train_base
-        self.layers: dict[str, dict[str, Any]] = {}
-        for name, module in molf_modules(model):
-            bias = None if module.bias is None else module.bias.detach().clone()
-            self.layers[name] = {
-                "W": module.base_weight(),
-                "b": bias,
-                "A": [a.detach().clone() for a in module.lora_A],
-                "B": [b.detach().clone() for b in module.lora_B],
-                "s": [3.0 / math.sqrt(r) for r in ranks],
-            }
-        self.other = {n: p.detach().clone() for n, p in model.named_parameters() if n.split(".")[0] not in self.layers}
-        self.moments: dict[tuple[Any, ...], list[Any]] = {}
-
-    def forward(self, ids: Tensor) -> Tensor:
-        def linear(name: str, x: Tensor) -> Tensor:
-            layer = self.layers[name]
-            y = x @ layer["W"].T
-            if layer["b"] is not None:
-                y = y + layer["b"]
-            for s, a, b in zip(layer["s"], layer["A"], layer["B"], strict=True):
-                y = y + s * (x @ a.T) @ b.T
-            return y
-
-        o = self.other
-        x = o["embed.weight"][ids]
-        h = nn.functional.layer_norm(torch.tanh(linear("up", x)), (9,), o["norm.weight"], o["norm.bias"])
-        return (x + linear("down", h)) @ o["lm_head.weight"].T
-
-    def experts(self, name: str) -> list[list[tuple[tuple[Any, ...], Tensor, bool]]]:
-        layer = self.layers[name]
-        lora = [
-            [((name, "A", i), a, True), ((name, "B", i), b, True)]
-            for i, (a, b) in enumerate(zip(layer["A"], layer["B"], strict=True))
-        ]
-        full = [((name, "W"), layer["W"], True)]
-        if layer["b"] is not None:
-            full.append(((name, "b"), layer["b"], False))
-        return [full, *lora] if self.train_base else lora
-
-    def train(self, data: list[tuple[Tensor, Tensor]]) -> list[list[list[bool]]]:
-        history = []
-        for step, (ids, targets) in enumerate(data):
-            tensors = [t for name in self.layers for expert in self.experts(name) for _, t, _ in expert]
-            if self.train_base:
-                tensors += list(self.other.values())
-            for tensor in tensors:
-                tensor.requires_grad_(True)
-            loss = nn.functional.cross_entropy(self.forward(ids), targets)
-            gradients = dict(zip(map(id, tensors), torch.autograd.grad(loss, tensors), strict=True))
-            for tensor in tensors:
-                tensor.requires_grad_(False)
-            norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
-            factor = min(1.0, CLIP / (norm + 1e-6))
-            rate = schedule(step)
-            choice = []
-            for name in self.layers:
-                scores = []
-                for index, expert in enumerate(self.experts(name)):
-                    full = self.train_base and index == 0
-                    eta = (LR if full else LORA_LR) * rate
-                    total, count = 0.0, 0
-                    for key, tensor, _ in expert:
-                        m, v, t = self.moments.get(key, [torch.zeros_like(tensor), torch.zeros_like(tensor), 0])
-                        g = gradients[id(tensor)] * factor
-                        m = 0.9 * m + 0.1 * g
-                        v = 0.999 * v + 0.001 * g**2
-                        self.moments[key] = [m, v, t + 1]
-                        if self.score == "epd":
-                            total += float((m**2 / (v.sqrt() + 1e-8)).sum())
-                        else:
-                            total += float(((m / (v.sqrt() + 1e-8)) ** 2).sum())
-                        count += tensor.numel()
-                    scores.append(eta / count * total if self.score == "epd" else math.sqrt(total / count))
-                ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: self.k]
-                choice.append([i in ranked for i in range(len(scores))])
-                for index, expert in enumerate(self.experts(name)):
-                    if index not in ranked:
-                        continue
-                    full = self.train_base and index == 0
-                    eta, decay = (LR, DECAY) if full else (LORA_LR, LORA_DECAY)
-                    for key, tensor, decayed in expert:
-                        self.update(tensor, key, eta * rate, decay if decayed else 0.0)
-            if self.train_base:
-                for name, tensor in self.other.items():
-                    m, v, t = self.moments.get((name,), [torch.zeros_like(tensor), torch.zeros_like(tensor), 0])
-                    g = gradients[id(tensor)] * factor
-                    self.moments[(name,)] = [0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, t + 1]
-                    self.update(tensor, (name,), LR * rate, DECAY if tensor.ndim >= 2 else 0.0)
-            history.append(choice)
-        return history
-
-    def update(self, tensor: Tensor, key: tuple[Any, ...], eta: float, decay: float) -> None:
-        m, v, t = self.moments[key]
-        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
-        tensor.mul_(1 - eta * decay)
-        tensor.sub_(eta * m_hat / (v_hat.sqrt() + 1e-8))
-
+from tests.oracle import CLIP, DECAY, LORA_DECAY, LORA_LR, LR, Transcription, batches, groups, network, run
 
 CASES = [
     # ranks, k, score, forward, base trained
@@ -198,8 +24,18 @@ CASES = [
     ((2, 5), 2, "pfn", "effective", True),
     ((2, 5), 2, "epd", "dense", True),
     ((2, 5), 3, "epd", "effective", True),
+    ((2, 5), 3, "pfn", "dense", True),
+    ((2, 4, 1), 1, "epd", "dense", True),
+    ((2, 4, 1), 2, "epd", "effective", True),
+    ((2, 4, 1), 3, "pfn", "effective", True),
+    ((3, 3), 1, "epd", "effective", True),
     ((2, 5), 1, "epd", "dense", False),
+    ((2, 5), 1, "pfn", "dense", False),
+    ((3, 3), 1, "epd", "dense", False),
+    ((2, 4, 1), 1, "epd", "dense", False),
+    ((2, 4, 1), 2, "epd", "dense", False),
     ((2, 4, 1), 2, "pfn", "dense", False),
+    ((1, 2, 4, 6), 3, "epd", "dense", False),
 ]
 
 
@@ -397,8 +233,19 @@ class Masks(torch.Tensor):
 @pytest.mark.parametrize("moments", ["float32", "8bit"])
 @pytest.mark.parametrize("forward", ["effective", "dense"])
 @pytest.mark.parametrize("path", ["masked", "fused"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"score_per": "layer", "score": "pfn"},
+        {"score_per": "model", "top_k": 2},
+        *({"winners": winners} for winners in ("shuffled", "random", "full", "lora", "alternate")),
+        {"winners": "shuffled", "score_per": "layer"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_a_step_on_a_device_never_waits_for_it(
-    forward: Any, moments: Any, path: str, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], forward: Any, moments: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tensors that have no values: reading one back to the host, for a branch or a number, is an error."""
     if moments == "8bit":
@@ -412,7 +259,7 @@ def test_a_step_on_a_device_never_waits_for_it(
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False))
         model = apply_molf(net, MoLFConfig(r=(4, 8), forward=forward))
-        optimizer = MoLFAdamW(groups(model), moments=moments)
+        optimizer = MoLFAdamW(groups(model), moments=moments, **options)
         if path == "fused":
             monkeypatch.setattr(optimizer, "_fused", lambda params: Unread("unread"))
         for _ in range(3):

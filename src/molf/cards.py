@@ -14,6 +14,7 @@ from molf.config import Params
 from molf.errors import UserError
 from molf.paths import MODELS, PREPARED, Cell, read_json
 from molf.report import markdown, quality
+from molf.report.controls import control
 from molf.report.markdown import clean, literal
 from molf.report.sheets import count, seconds, size
 
@@ -253,6 +254,9 @@ def model_card(made: Made, place: Place) -> str:
     if generated:
         what = " and ".join(generated)
         lines += [*_loud(f"GENERATED {what.upper()}", f"The {what} came from a program: this is no useful model."), ""]
+    if beside := control(block):
+        what = "a control" if beside["kind"] == "control" else "an ablation"
+        lines += [*_loud(beside["kind"].upper(), f"It was trained by {what} of MoLF: {beside['words']}."), ""]
     lines += [
         f"`{cell.model}`, trained on the task `{cell.task}` by the method `{cell.method}`, seed {cell.seed}: "
         + ("an adapter beside its base model." if place.adapter else "a whole model."),

@@ -7,7 +7,7 @@ on devices, and for 8-bit moments.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ CODES_PER_SCALE = 256
 # By these numbers kernels.cpp and kernels_cuda.py know a score.
 SCORES = {None: 0, "epd": 1, "pfn": 2}
 
+MASK = 0xFFFFFFFF  # of 32 bits
+
 Moment = Tensor | tuple[Tensor, Tensor]  # values, or 8-bit codes and their scales
+Whole = TypeVar("Whole", int, Tensor)
 Number = Tensor | float  # a scalar tensor where `move` is compiled, or every new number would compile it anew
 
 
@@ -126,8 +129,8 @@ def move(
 def round_stochastically(x: Tensor, seed: Number) -> Tensor:
     """float32 to bfloat16, up or down with the probability that makes the mean right.
 
-    The noise is a hash of seed and position (multiply and shift, 32 bits): no generator's state, so a resumed run
-    and every process of a run round alike.
+    The noise is a hash of seed and position: no generator's state, so a resumed run and every process of a run round
+    alike.
 
     Args:
         x: (rows, columns), float32.
@@ -136,15 +139,26 @@ def round_stochastically(x: Tensor, seed: Number) -> Tensor:
     Returns:
         (rows, columns), bfloat16.
     """
-    mask = 0xFFFFFFFF
-    noise = torch.arange(x.numel(), device=x.device).view(x.shape) + seed & mask  # type: ignore[operator]
-    # Both factors are below 2^31, so that no product leaves 63 bits.
-    noise = ((noise ^ (noise >> 16)) * 0x21F0AAAD) & mask
-    noise = ((noise ^ (noise >> 15)) * 0x735A2D97) & mask
-    noise = noise ^ (noise >> 15)
+    noise = scrambled(torch.arange(x.numel(), device=x.device).view(x.shape) + seed & MASK)  # type: ignore[operator]
     bits = x.contiguous().view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
     rounded = (bits & -0x10000).view(torch.float32)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)  # noise would carry some NaNs over to -0
+
+
+def drawn(count: int, seed: int, step: int, device: torch.device) -> Tensor:
+    """Whole numbers of 32 bits that look drawn at random, (count,) of int64: functions of seed, step and place."""
+    key = scrambled(scrambled(seed & MASK) ^ (step & MASK))
+    return scrambled(scrambled(torch.arange(1, count + 1, device=device)) ^ key)
+
+
+def scrambled(numbers: Whole) -> Whole:
+    """Whole numbers of 32 bits as others that look drawn at random, one to one; a tensor's are int64.
+
+    By multiplying and shifting; both factors are below 2^31, so that no product leaves 63 bits.
+    """
+    numbers = ((numbers ^ (numbers >> 16)) * 0x21F0AAAD) & MASK
+    numbers = ((numbers ^ (numbers >> 15)) * 0x735A2D97) & MASK
+    return numbers ^ (numbers >> 15)
 
 
 def decode(moment: Moment, books: Codebooks | None, signed: bool) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from molf.blocks import Block, Count, Fraction, NotNegative, Positive
+from molf.optim import Decider, Scope, contradiction
 
 
 class MethodBase(Block):
@@ -48,6 +49,8 @@ class MolfMethod(MethodBase):
     forward: Literal["auto", "effective", "dense"]
     top_k: Count  # experts that win in each module and step
     score: Literal["epd", "pfn"]
+    score_per: Scope = "module"  # else an ablation: one score over all modules of a layer, or of the model
+    winners: Decider = "scores"  # else a control: what decides who wins in their place (docs/methods.md)
     learning_rate: Positive  # of the full weights and of everything outside the target modules
     lora_learning_rate: Positive
     weight_decay: NotNegative
@@ -61,6 +64,8 @@ class MolfMethod(MethodBase):
             )
         if self.forward == "effective" and self.lora_dropout > 0:
             raise ValueError("forward: effective needs lora_dropout: 0; use forward: auto or dense")
+        if problem := contradiction(self.winners, self.top_k, full=True, lora=len(self.r)):
+            raise ValueError(problem)
         return self
 
 
@@ -75,6 +80,8 @@ class MolfEfficientMethod(MethodBase):
     exclude_modules: list[str]
     top_k: Count
     score: Literal["epd", "pfn"]
+    score_per: Scope = "module"  # as molf's
+    winners: Decider = "scores"  # likewise, but for full and lora, which need the full weight as an expert
     learning_rate: Positive
     weight_decay: NotNegative
 
@@ -82,6 +89,8 @@ class MolfEfficientMethod(MethodBase):
     def _fits(self) -> "MolfEfficientMethod":
         if self.top_k > len(self.r):
             raise ValueError(f"top_k is {self.top_k}, but there are {len(self.r)} experts")
+        if problem := contradiction(self.winners, self.top_k, full=False, lora=len(self.r)):
+            raise ValueError(problem)
         return self
 
 

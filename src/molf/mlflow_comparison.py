@@ -142,6 +142,7 @@ def _fill(
     tags = {
         NOTE: method_note(group, row, comparison, children, store.experiment_id),
         "molf.verdict": outcome,
+        "molf.control": f"{row['control']['kind']}: {row['control']['words']}" if row.get("control") else None,
         "molf.recommended": json.dumps(row["method"] == group["recommendation"]["method"]),
         "molf.primary": group["primary_name"],
         "molf.generated_data": json.dumps(group["generated"]),
@@ -246,7 +247,7 @@ def method_note(
     experiment: str,
 ) -> str:
     """A method's description: its row of the table, its verdict, its seeds."""
-    from molf.report import page
+    from molf.report import controls, page
     from molf.report.markdown import literal, table
 
     name = row["method"]
@@ -259,7 +260,8 @@ def method_note(
         if value
     ]
     lines = [f"**{literal(name)}** on {literal(page.heading(group))}; interval: {literal(comparison['interval'])}.", ""]
-    said = [f"{v['outcome']}: {v['sentence']}" for v in group["verdicts"] if v["method"] == name]
+    said = controls.said({"methods": [row]})
+    said += [f"{v['outcome']}: {v['sentence']}" for v in group["verdicts"] if v["method"] == name]
     if group["recommendation"]["method"] == name:
         said.append(f"recommended: {group['recommendation']['sentence']}")
     lines += [f"- {literal(text)}" for text in said]

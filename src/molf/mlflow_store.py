@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from molf.errors import RunError
 from molf.paths import BASE_METHOD, Cell, keep_private
 from molf.report import quality
+from molf.report.controls import control
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -152,6 +153,8 @@ class Store:
                     "mlflow.source.name": "molf",
                     "mlflow.source.type": "LOCAL",
                 }
+                if beside := control(run.get("config", {}).get("method", {"kind": BASE_METHOD})):
+                    tags["molf.control"] = f"{beside['kind']}: {beside['words']}"
                 if run.get("git_commit"):
                     tags["mlflow.source.git.commit"] = run["git_commit"]
                 started = milliseconds(run["started"]) if "started" in run else None

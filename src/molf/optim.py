@@ -5,14 +5,20 @@ The arithmetic is adamw.py's; here is who owns which parameter, who wins, and wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from molf import kernels
 from molf.adamw import AdamW, Precision, evaluate, plain_param_groups
+from molf.modules import layer
 from molf.nn import expert_names, local, molf_modules, other_parameters, whole
+
+# What a score is taken over, all modules of which then get the same winners; `module` is the paper's.
+Scope = Literal["module", "layer", "model"]
+# What decides who wins; `scores` is the method, all others are controls of it (docs/methods.md).
+Decider = Literal["scores", "shuffled", "random", "full", "lora", "alternate"]
 
 
 class Routing(NamedTuple):
@@ -24,6 +30,7 @@ class Routing(NamedTuple):
     scores: Tensor  # (modules, experts), float64, on the parameters' device
     winners: Tensor  # (modules, experts), bool
     rates: tuple[float, ...]  # learning rate of each expert
+    decided_by: Decider = "scores"
 
 
 @dataclass
@@ -100,6 +107,12 @@ class MoLFAdamW(AdamW):
         score: `epd` (S = eta / N sum m^2 / (sqrt v + eps)) or `pfn` (S = sqrt(1 / N sum (m / (sqrt v + eps))^2)).
         moments: As `AdamW`'s.
         backend: As `AdamW`'s.
+        score_per: `module`; or, as an ablation, `layer` or `model`: sum and N are over an expert's parameters in all
+            modules of a layer (by their names: up to the first number) or of the model, which get the same winners.
+        winners: `scores`; or, as a control, `shuffled` (those of the scores, dealt out to the modules at random anew
+            in each step), `random` (any `top_k`), `full` (always expert 0), `lora` (of the LoRA experts those with the
+            highest scores) or `alternate` (expert t mod experts in step t). Scores are taken and kept all the same.
+        seed: Of the draws of `shuffled` and `random`, which depend on it and on the step alone.
 
     `last_routing` holds the last step's choice, on the parameters' device; on CUDA a step reads nothing back to the
     host. Sharded parameters (DTensor, as FSDP2 makes them) sum their scores over the shards, so that every process
@@ -118,6 +131,9 @@ class MoLFAdamW(AdamW):
         score: Literal["epd", "pfn"] = "epd",
         moments: Precision = "float32",
         backend: Literal["auto", "eager"] = "auto",
+        score_per: Scope = "module",
+        winners: Decider = "scores",
+        seed: int = 0,
     ) -> None:
         groups = list(params)
         if not groups or not all(isinstance(group, dict) and "kind" in group for group in groups):
@@ -127,12 +143,20 @@ class MoLFAdamW(AdamW):
             raise ValueError(f"top_k is {top_k}; there are {experts} experts in each module, so 1 to {experts} may win")
         if score not in ("epd", "pfn"):
             raise ValueError(f"score is {score!r}; allowed: epd, pfn")
-        super().__init__(groups, betas, eps, moments, backend, top_k=top_k, score=score)
+        for name, value, allowed in (("score_per", score_per, Scope), ("winners", winners, Decider)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(get_args(allowed))}")
+        full = any(group.get("expert") == "full" for group in groups)
+        if problem := contradiction(winners, top_k, full, experts - full):
+            raise ValueError(problem)
+        options = {"top_k": top_k, "score": score, "score_per": score_per, "winners": winners, "seed": seed}
+        super().__init__(groups, betas, eps, moments, backend, **options)
         own = {(group["betas"], group["eps"]) for group in self.param_groups if group["kind"] == "expert"}
         if len(own) > 1:
             raise ValueError(f"the experts' groups differ in betas or eps: {sorted(own)}; they share one score")
         self.last_routing: Routing | None = None
         self._modules = self._layout()
+        self._scopes = self._grouped()
 
     def _layout(self) -> list[Module]:
         """Modules and their experts, read from the groups' plain data: the parameters may be swapped (FSDP2 does)."""
@@ -150,6 +174,15 @@ class MoLFAdamW(AdamW):
                 module.experts[-1].count += 1
                 module.experts[-1].decayed.append(decayed)
         return list(modules.values())
+
+    def _grouped(self) -> list[int]:
+        """For each module the number of the group that it is scored with; empty where each is scored alone."""
+        score_per = self.param_groups[0]["score_per"]
+        if score_per == "module":
+            return []
+        names = ["" if score_per == "model" else layer(module.name) for module in self._modules]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return [numbers[name] for name in names]
 
     def _params(self, expert: Expert) -> list[nn.Parameter]:
         params: list[nn.Parameter] = self.param_groups[expert.group]["params"]
@@ -177,7 +210,7 @@ class MoLFAdamW(AdamW):
         loss = evaluate(closure)
         self._require_gradients()
         scores = self._scores()
-        winners = self.select(scores)
+        winners = self._decide(scores)
         if winners.device.type == "cpu":
             for module, chosen in zip(self._modules, winners.tolist(), strict=True):
                 for index in range(len(module.experts)):
@@ -196,8 +229,40 @@ class MoLFAdamW(AdamW):
             scores=scores,
             winners=winners,
             rates=tuple(float(group["lr"]) for group in groups),
+            decided_by=self.param_groups[0]["winners"],
         )
         return loss
+
+    def _decide(self, scores: Tensor) -> Tensor:
+        """Who wins by `winners`: `select` of the scores, or of what a control puts in their place.
+
+        Draws are a function of seed, step and place, so that all processes and a resumed run draw alike; nothing of it
+        waits for a device.
+
+        Args:
+            scores: (modules, experts).
+
+        Returns:
+            (modules, experts), bool.
+        """
+        first = self.param_groups[0]
+        step: int = self.state[first["params"][0]]["step"]
+        modules, experts = scores.shape
+        match first["winners"]:
+            case "shuffled":
+                places = kernels.drawn(modules, first["seed"], step, scores.device).argsort(stable=True)
+                return self.select(scores).index_select(0, places)
+            case "random":
+                return self.select(kernels.drawn(modules * experts, first["seed"], step, scores.device).view_as(scores))
+            case "lora":
+                scores = scores.clone()
+                scores[:, 0] = -torch.inf
+                return self.select(scores)
+            case "full" | "alternate" as decider:
+                one = torch.zeros_like(scores)
+                one[:, 0 if decider == "full" else step % experts] = 1
+                return self.select(one)
+        return self.select(scores)
 
     def _require_gradients(self) -> None:
         """Before anything moves, so that a step that cannot be made leaves no trace."""
@@ -225,11 +290,35 @@ class MoLFAdamW(AdamW):
         sums = torch.zeros(len(experts), dtype=torch.float64, device=parts.device)
         sums.index_add_(0, kernels.to_device(torch.tensor(owners), parts.device), parts)
         _sum_over_shards(params, sums)
-        mean = (sums / kernels.to_device(torch.tensor(sizes), parts.device)).view(len(self._modules), -1)
+        sums = self._pooled(sums.view(len(self._modules), -1))
+        counts = self._pooled(torch.tensor(sizes, dtype=torch.float64).view(len(self._modules), -1))
+        mean = sums / kernels.to_device(counts, parts.device)
         if groups[0]["score"] == "pfn":
             return mean.sqrt()
         rates = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64)
         return mean * kernels.to_device(rates, parts.device)
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """The sum of each module's values over all modules that it is scored with, in an order that is always the same.
+
+        Args:
+            values: (modules, experts).
+
+        Returns:
+            (modules, experts), equal rows for modules of one group.
+        """
+        if not self._scopes:
+            return values
+        members: list[list[int]] = [[] for _ in range(1 + max(self._scopes))]
+        for row, group in enumerate(self._scopes):
+            members[group].append(row)
+        longest = max(map(len, members))
+        # A row of zeros behind the others fills up the shorter groups.
+        index = torch.tensor([rows + [len(values)] * (longest - len(rows)) for rows in members])
+        filled = torch.cat([values, values.new_zeros(1, values.shape[1])])
+        each = filled.index_select(0, kernels.to_device(index.flatten(), values.device))
+        sums = each.view(len(members), longest, -1).sum(dim=1)
+        return sums.index_select(0, kernels.to_device(torch.tensor(self._scopes), values.device))
 
     def _move_expert(self, module: Module, index: int) -> None:
         """Moves a winner's weights, and the effective weight with them."""
@@ -334,6 +423,28 @@ class MoLFAdamW(AdamW):
         for group, own in zip(self.param_groups, mine, strict=True):
             if own["kind"] == "expert":
                 group["effective"] = own["effective"]
+            for key in ("score_per", "winners", "seed"):  # which an earlier state has not
+                group.setdefault(key, self.defaults[key])
+        self._scopes = self._grouped()
+
+
+def contradiction(winners: str, top_k: int, full: bool, lora: int) -> str:
+    """Why a control cannot be had of such experts, in words; empty where it can.
+
+    Args:
+        winners: As `MoLFAdamW`'s.
+        top_k: Likewise.
+        full: Whether the full weight is an expert.
+        lora: How many LoRA experts there are.
+    """
+    if winners in ("full", "lora") and not full:
+        meant = "full needs the full weight as an expert" if winners == "full" else "lora would change nothing"
+        return f"winners is {winners}, but over a frozen base all experts are LoRA's: {meant}; choose another"
+    if winners in ("full", "alternate") and top_k > 1:
+        return f"winners is {winners}, which lets one expert win in each step, but top_k is {top_k}; set top_k to 1"
+    if winners == "lora" and top_k > lora:
+        return f"winners is lora and top_k is {top_k}, but LoRA's experts are {lora}; lower top_k or add ranks to r"
+    return ""
 
 
 def _gates(winners: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from molf.blocks import Gate
 from molf.paths import Cell
 from molf.report import statistics
+from molf.report.controls import is_control
 from molf.report.sheets import seconds, size
 from molf.report.statistics import Interval, Outcome
 from molf.report.verdicts import listed, signed
@@ -171,6 +172,7 @@ def _candidate(
         verdict = statistics.non_inferiority(intervals, comparison["margin"])
     missing = [str(seed) for seed in grid["seeds"] if seed not in [one["seed"] for one in seeds]]
     failed = [f"the comparison lacks seed {listed(missing)} of it"] if missing else []
+    failed += [f"it is a control: {method['control']['words']}"] if is_control(method) else []
     failed += _verdict(gate, verdict, lacking, list(versus.values()), comparison["margin"])
     failed += _score(gate, interval, method["over_base"])
     failed += _cost(gate, method)

@@ -6,6 +6,9 @@ import torch
 
 from molf.optim import Routing
 
+# Controls under which one expert wins all, or all experts win alike, whatever the scores say.
+PINNED = ("full", "lora", "alternate")
+
 
 class RoutingError(Exception):
     """The routing did not happen as claimed: scores missing, not finite, or zero while the rate is above 0."""
@@ -22,6 +25,7 @@ class RoutingRecorder:
         self.drain_every = drain_every
         self.modules: tuple[str, ...] = ()
         self.experts: tuple[str, ...] = ()
+        self.decided_by = "scores"
         self._pending: list[Routing] = []
         self._steps: list[int] = []
         self._counted: list[bool] = []
@@ -36,7 +40,7 @@ class RoutingRecorder:
         """
         if routing is None:
             raise RoutingError("the optimizer made a step and left no routing scores")
-        self.modules, self.experts = routing.modules, routing.experts
+        self.modules, self.experts, self.decided_by = routing.modules, routing.experts, routing.decided_by
         self._pending.append(routing)
         if len(self._pending) >= self.drain_every:
             self.drain()
@@ -95,6 +99,7 @@ class RoutingRecorder:
         return {
             "modules": self.modules,
             "experts": self.experts,
+            "decided_by": self.decided_by,
             "steps": self._steps,
             "counted": self._counted,
             "scores": torch.cat(self._scores) if self._scores else torch.zeros(0),
@@ -104,6 +109,7 @@ class RoutingRecorder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` returned."""
         self.modules, self.experts = state["modules"], state["experts"]
+        self.decided_by = state.get("decided_by", "scores")
         self._pending, self._steps, self._counted = [], list(state["steps"]), list(state["counted"])
         self._scores, self._winners = ([state[key]] if self._steps else [] for key in ("scores", "winners"))
 
@@ -119,7 +125,8 @@ class RoutingRecorder:
         """Shares of the counted steps that each expert won, over all and by module, and whether one side won all.
 
         Returns:
-            experts, share {expert: float}, share_by_module {module: {expert: float}}, one_sided (bool), steps.
+            experts, share {expert: float}, share_by_module {module: {expert: float}}, one_sided (bool), steps,
+            decided_by (as `MoLFAdamW`'s `winners`: a control that pins its winners is never one-sided).
 
         Raises:
             RoutingError: As `columns`.
@@ -137,7 +144,8 @@ class RoutingRecorder:
                 for module, row in zip(self.modules, by_module.tolist(), strict=True)
             },
             # With as many winners as experts every share is 1: then nothing is routed, and nothing is one-sided.
-            "one_sided": bool(len(won)) and max(share) == 1.0 and min(share) == 0.0,
+            "one_sided": bool(len(won)) and max(share) == 1.0 and min(share) == 0.0 and self.decided_by not in PINNED,
+            "decided_by": self.decided_by,
         }
 
     def _all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

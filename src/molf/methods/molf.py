@@ -38,7 +38,16 @@ def optimizer(model: PreTrainedModel, block: MolfMethod, training: Training) -> 
         weight_decay=block.weight_decay,
         lora_weight_decay=block.lora_weight_decay,
     )
-    return MoLFAdamW(groups, eps=1e-8, top_k=block.top_k, score=block.score, moments=training.moments)
+    return MoLFAdamW(
+        groups,
+        eps=1e-8,
+        top_k=block.top_k,
+        score=block.score,
+        moments=training.moments,
+        score_per=block.score_per,
+        winners=block.winners,
+        seed=torch.initial_seed(),  # the cell's: every process sets it before the model is made
+    )
 
 
 def before_clip(model: PreTrainedModel) -> None:

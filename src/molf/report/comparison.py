@@ -13,6 +13,7 @@ from molf.config import Compare, Params
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, Cell
 from molf.report import statistics
+from molf.report.controls import control
 from molf.report.lacking import Lack
 from molf.report.results import PAPER_SCORES, Loaded, load, provenance
 from molf.report.statistics import Combine, Interval, Scores
@@ -20,7 +21,7 @@ from molf.report.verdicts import REFERENCE_KINDS, listed, paper_sentence, recomm
 from molf.tasks import TASKS
 
 # Of a method's numbers; not for the flat table, or not as they are.
-NESTED = ("per_seed", "metrics", "errors", "routing_share", "warnings", "general", "weights", "over_base")
+NESTED = ("control", "per_seed", "metrics", "errors", "routing_share", "warnings", "general", "weights", "over_base")
 TOLERANCE = 1e-6  # between metrics.json and the score recomputed from predictions.parquet
 NAMED = 3  # cells that a sentence names; more are counted
 COSTS = ("train_seconds", "peak_memory_bytes")
@@ -67,8 +68,11 @@ def build(params: Params, root: Path) -> dict[str, Any]:
 
 def _lack(params: Params, cell: Cell, lack: Lack) -> dict[str, Any]:
     """A cell that lacks, as comparison.json has it."""
-    kind = BASE_METHOD if cell.method == BASE_METHOD else params.methods[cell.method].kind
-    return {"cell": cell.name, **vars(cell), "method_kind": kind, "kind": str(lack.kind), "reason": lack.reason}
+    block: dict[str, Any] = {"kind": BASE_METHOD}
+    if cell.method != BASE_METHOD:
+        block = params.methods[cell.method].model_dump(mode="json")
+    made = {"method_kind": block["kind"], "control": control(block)}
+    return {"cell": cell.name, **vars(cell), **made, "kind": str(lack.kind), "reason": lack.reason}
 
 
 def _interval_label(groups: Iterable[Mapping[str, Any]]) -> str:
@@ -98,6 +102,7 @@ def flat(comparison: Mapping[str, Any]) -> pd.DataFrame:
         )
         for method in group["methods"]:
             row = {**place, **{key: method[key] for key in method if key not in NESTED}}
+            row["control"] = method["control"]["words"] if method["control"] else None
             row["seeds"] = len(method["per_seed"])
             row["seeds_lacking"] = sum(of["method"] == method["method"] for of in group["lacking"])
             row["paper_score"] = paper.get(method["method"])
@@ -206,6 +211,7 @@ def _group(
         {
             "method": method,
             "kind": kinds[method],
+            "control": control(params.methods[method].model_dump(mode="json")),
             **vars(scores.interval(i)),
             "over_base": vars(scores.difference(i, len(methods))),
             **_method(by_seed[method], seeds),
@@ -289,10 +295,11 @@ def _paper(
     if metric is None or any(metric not in found["predictions"] for row in rows for found in row.values()):
         return None
     scores = _Rows(rows, lambda of: _scores(of, [metric], lambda means: means[metric], compare))
+    beside = {m["method"]: m["control"] for m in group["methods"]}
     found = {
         "metric": metric,
         "methods": [
-            {"method": method, "kind": kind, **vars(scores.interval(i))}
+            {"method": method, "kind": kind, "control": beside.get(method), **vars(scores.interval(i))}
             for i, (method, kind) in enumerate([*kinds.items(), (BASE_METHOD, BASE_METHOD)])
         ],
         "differences": _differences(scores, kinds, compare),

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from molf.paths import Cell
+from molf.report.controls import named, said
 from molf.report.routing_figures import (
     expert_words,
     experts,
@@ -74,7 +75,8 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
             histories, routings, weights = _records(group, root)
             for drawn in _of_group(comparison, group, histories, routings, weights):
                 add(group["model"], group["task"], *drawn)
-            for method, routing in routings.items():
+            names = {m["method"]: named(m) for m in group["methods"]}
+            for method, routing in ((names[name], routing) for name, routing in routings.items()):
                 first = experts(routing)[0]
                 row = group["model"], f"{method}:\n{expert_words(first)}"
                 routed.setdefault(row, {})[group["task"]] = share_by_place(routing, first)
@@ -113,6 +115,9 @@ def _of_group(
 ) -> Iterator[Drawn]:
     """The figures of one model and task."""
     looks = styles([(m["method"], m["kind"]) for m in group["methods"]])
+    names = {m["method"]: named(m) for m in group["methods"]}
+    routings = {names[method]: routing for method, routing in routings.items()}
+    beside = " ".join(f"{text}." for text in said(group))
     percent = f"{100 * comparison['confidence']:g} %"
     yield (
         "score",
@@ -137,20 +142,22 @@ def _of_group(
             "routing",
             routing_heat_map(routings, _title(group, "where the updates went")),
             "Each square is one linear layer. Its colour and number say in how many percent of the steps the named "
-            "expert won the update. Yellow under \u201cthe full weight\u201d: this layer wants full rank.",
+            "expert won the update. Yellow under \u201cthe full weight\u201d: this layer wants full rank. "
+            f"{beside}".strip(),
         )
         yield (
             "share",
             share_figure(_title(group, "routing over time"), routings),
-            "Share of the steps that the first expert won, by kind of layer. A line that falls: LoRA takes over.",
+            "Share of the steps that the first expert won, by kind of layer. A line that falls: LoRA takes over. "
+            f"{beside}".strip(),
         )
     contested = {method: routing for method, routing in routings.items() if len(experts(routing)) > 1}
     if contested:
         yield (
             "ratio",
-            ratio_figure(_title(group, "how clear the choice was"), contested, looks),
+            ratio_figure(_title(group, "how clear the choice was"), contested, {names[m]: looks[m] for m in looks}),
             "Score of the first expert over that of the best other; the higher score wins. Near 1 the choice was a "
-            "toss-up. The band holds 80 % of the layers.",
+            f"toss-up. The band holds 80 % of the layers. {beside}".strip(),
         )
     if weights:
         yield (
@@ -237,7 +244,7 @@ def score_figure(group: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure
         fontsize=8.5,
         color=GREY,
     )
-    axes.set_yticks(range(len(methods)), [m["method"] for m in methods])
+    axes.set_yticks(range(len(methods)), [named(m) for m in methods])
     axes.set_ylim(len(methods) - 0.5, -1.1)
     axes.set_xlim(0, top)
     axes.grid(axis="y", visible=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from molf.errors import plain
 from molf.paths import Cell
-from molf.report import markdown, quality, sheets
+from molf.report import controls, markdown, quality, sheets
 from molf.report.examples import as_json
 from molf.report.markdown import literal
 from molf.report.sheets import Sheet, aligned, seconds
@@ -116,6 +116,7 @@ def _section(
         "damage": sheets.damage(group),
         "more": sheets.more(group),
         "warnings": warnings(group),
+        "controls": controls.said(group),
         "figures": figures,
         "routed": "routing" in names,
         "moved": "moved" in names,
@@ -195,6 +196,8 @@ def terminal_table(comparison: Mapping[str, Any]) -> str:
         lines += _wrapped(f"USE: {_advice(group)}", "  ")
         for verdict in group["verdicts"]:
             lines += _wrapped(f"{verdict['outcome'].upper()}: {_with_needs(verdict)}", "  ")
+        for text in controls.said(group):
+            lines += _wrapped(f"BESIDE: {text}", "  ")
         for text in warnings(group):
             lines += _wrapped(f"WARNING: {text}", "  ")
         if group["why_not_comparable"]:
@@ -216,6 +219,7 @@ def markdown_table(comparison: Mapping[str, Any]) -> str:
             lines += [*markdown.table(header, rows), ""]
         for verdict in group["verdicts"]:
             lines.append(f"- **{verdict['outcome']}**: {literal(_with_needs(verdict))}")
+        lines += [f"- **beside**: {literal(text)}" for text in controls.said(group)]
         lines += [f"- **warning**: {literal(text)}" for text in warnings(group)]
         if group["why_not_comparable"]:
             lines.append(f"- **not comparable**: times and memory; {literal(group['why_not_comparable'])}")

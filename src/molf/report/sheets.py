@@ -273,8 +273,9 @@ def _moved(weights: Mapping[str, float]) -> Iterable[Item]:
 
 
 def _routed(method: Mapping[str, Any]) -> Item:
-    """Share of the updates that went to the first expert, and whether routing stayed on one side."""
+    """Share of the updates that went to the first expert, and whether routing stayed on one side or was none."""
     if not method["routing_share"]:
         return UNKNOWN
     expert, share = next(iter(method["routing_share"].items()))
-    return f"{100 * share:.0f} % {expert}" + ("  ONE-SIDED" if method["one_sided"] else ""), share
+    shown = f"{100 * share:.0f} % {expert}" + ("  ONE-SIDED" if method["one_sided"] else "")
+    return shown + (f" ({method['control']['words']})" if method.get("control") else ""), share

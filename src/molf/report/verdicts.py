@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from molf.paths import BASE_METHOD
+from molf.report.controls import is_control
 from molf.report.statistics import Interval, Outcome, non_inferiority
 
 # MoLF must keep up with both of these kinds, each on its own: never with the better of two picked from the same data.
@@ -24,7 +25,9 @@ def references(group: Mapping[str, Any]) -> list[str]:
 
 
 def verdicts(group: Mapping[str, Any], margin: float, seeds: int) -> list[dict[str, Any]]:
-    """Non-inferiority of each MoLF method to every fft and lora method (DESIGN.md section 3).
+    """Non-inferiority of each MoLF method, controls and ablations aside, to every fft and lora method.
+
+    DESIGN.md section 3.
 
     Args:
         group: With methods, differences and examples, as in comparison.json, and with the cells that lack, if any: then
@@ -39,7 +42,8 @@ def verdicts(group: Mapping[str, Any], margin: float, seeds: int) -> list[dict[s
     if {kinds[name] for name in against} != set(REFERENCE_KINDS):
         return []
     found = []
-    for method in (name for name, kind in kinds.items() if kind in CANDIDATE_KINDS):
+    beside = {of["method"] for of in (*group["methods"], *lacking) if of.get("control")}
+    for method in (name for name, kind in kinds.items() if kind in CANDIDATE_KINDS and name not in beside):
         differences = [d for d in group["differences"] if d["method"] == method and d["versus"] in against]
         absent = [of["cell"] for of in lacking if of["method"] in (method, *against)]
         outcome = _outcome([d for d in differences if _whole(d, group)], margin)
@@ -94,6 +98,8 @@ def _results_of(cells: Sequence[str]) -> str:
 def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[str, Any]:
     """Which method to use: of those that are non-inferior to every other, the one that takes least memory, then time.
 
+    A control is never recommended; whether it beats the others counts all the same.
+
     Args:
         group: With methods, differences, examples, costs_comparable and why_not_comparable, as in comparison.json; none
             is recommended where cells lack, which might be better.
@@ -114,7 +120,14 @@ def recommendation(group: Mapping[str, Any], margin: float, seeds: int) -> dict[
     if len(methods) == 1:
         return _recommended(None, f"On {group['task']}, {next(iter(methods))} alone was trained: nothing to choose")
     versus = {name: [d for d in group["differences"] if d["method"] == name] for name in methods}
-    good = [name for name, found in versus.items() if _outcome(found, margin) is Outcome.HOLDS]
+    unbeaten = [name for name, found in versus.items() if _outcome(found, margin) is Outcome.HOLDS]
+    good = [name for name in unbeaten if not is_control(methods[name])]
+    if unbeaten and not good:
+        said = (
+            f"On {group['task']}, it is undecided which method to use: that no other beats it by more than {margin:g} "
+            f"is sure of {listed(unbeaten)} alone, there as a control"
+        )
+        return _recommended(None, said)
     if not good:
         leader = _leader(group)
         rivals = [d["versus"] for d in versus[leader] if d["low"] <= -margin]

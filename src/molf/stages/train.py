@@ -135,7 +135,12 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     if summary["routing"]:
-        print("  routing: " + ", ".join(f"{name} {share:.0%}" for name, share in summary["routing"]["share"].items()))
+        decided_by, share = summary["routing"]["decided_by"], summary["routing"]["share"]
+        print(
+            "  routing: "
+            + ", ".join(f"{name} {part:.0%}" for name, part in share.items())
+            + (f" (a control, winners: {decided_by})" if decided_by != "scores" else "")
+        )
     if summary["energy_joules"]:
         print(f"  energy {summary['energy_joules'] / 1000:,.1f} kJ, {summary['energy_source']}")
     if summary["contended"]:

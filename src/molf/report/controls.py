@@ -1,0 +1,60 @@
+"""Methods that stand in a comparison to be held against MoLF and are not MoLF: controls and ablations, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# What decides who wins, by a block's `winners`.
+WORDS = {
+    "shuffled": "each step's winners dealt out to the modules at random",
+    "random": "winners drawn at random",
+    "full": "the full weight always wins",
+    "lora": "a LoRA expert always wins",
+    "alternate": "the experts win in turn",
+}
+SCOPES = {"layer": "one score over all modules of a layer", "model": "one score over all modules of the model"}
+
+
+def control(block: Mapping[str, Any]) -> dict[str, str] | None:
+    """What makes a method's block a control or an ablation of MoLF; None for every other block.
+
+    A control takes the choice from the scores; so do as many winners as experts, for then nothing is chosen. An
+    ablation leaves it to them and takes them otherwise.
+
+    Args:
+        block: Of params.yaml, as plain data; an earlier molf's lacks what is new.
+
+    Returns:
+        `kind`: control or ablation; `words`: what is other than in MoLF.
+    """
+    if block["kind"] not in ("molf", "molf-e"):
+        return None
+    if words := WORDS.get(block.get("winners", "scores")):
+        return {"kind": "control", "words": words}
+    if block["top_k"] == len(block["r"]) + (block["kind"] == "molf"):
+        return {"kind": "control", "words": "all experts win in every step"}
+    scope = SCOPES.get(block.get("score_per", "module"))
+    return {"kind": "ablation", "words": scope} if scope else None
+
+
+def is_control(method: Mapping[str, Any]) -> bool:
+    """Whether a method of comparison.json is a control of MoLF, which nobody would use."""
+    return bool(method.get("control")) and method["control"]["kind"] == "control"
+
+
+def named(method: Mapping[str, Any]) -> str:
+    """A method's name, with what it is where it is no method of its own: "molf-random (control)".
+
+    Args:
+        method: As in comparison.json.
+    """
+    found = method.get("control")
+    return f"{method['method']} ({found['kind']})" if found else str(method["method"])
+
+
+def said(group: Mapping[str, Any]) -> list[str]:
+    """A sentence for each control and ablation of a group of comparison.json."""
+    return [
+        f"{m['method']} is {'a control' if is_control(m) else 'an ablation'} of MoLF, not MoLF: {m['control']['words']}"
+        for m in group["methods"]
+        if m.get("control")
+    ]
