@@ -13,6 +13,7 @@ from molf.cli import run
 from molf.config import cell_config, check_params, fingerprint, load_params, read_yaml
 from molf.errors import UserError
 from molf.paths import Cell
+from molf.report.controls import control
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +48,23 @@ def test_the_shipped_params_parse_and_are_the_default_preset() -> None:
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_parses(name: str) -> None:
     check_params(presets.merged(name, raw()), name)
+
+
+def test_the_rivals_are_what_their_names_say() -> None:
+    methods = check_params(presets.merged("rivals", raw()), "rivals").methods
+    found = {name: control(block.model_dump(mode="json")) for name, block in methods.items()}
+    kinds = {name: of["kind"] if of else None for name, of in found.items() if name.startswith("molf-")}
+    controls = ("k2", "shuffled", "random", "alternate", "full", "lora")
+    expected = {f"molf-{name}": "control" for name in controls} | dict.fromkeys(
+        ("molf-per-layer", "molf-per-model"), "ablation"
+    )
+    judged = ("molf-e", "molf-2experts", "molf-e-3", "molf-pfn")
+    assert kinds.items() >= (expected | dict.fromkeys(judged)).items()
+    for name in (*controls[1:], "per-layer", "per-model"):
+        said = methods[f"molf-{name}"].model_dump()
+        assert name in (said["winners"], f"per-{said['score_per']}")
+        # What is compared differs in nothing else.
+        assert said | {"winners": "scores", "score_per": "module"} == methods["molf"].model_dump()
 
 
 def test_presets_give_every_task_the_budget_that_they_mean() -> None:
@@ -107,6 +125,20 @@ def test_presets_give_every_task_the_budget_that_they_mean() -> None:
             "methods.fft.kind: 'full' is not known; allowed: 'fft', 'lora', 'molf', 'molf-e'",
         ),
         ({"methods.molf.top_k": 3}, "methods.molf: top_k is 3, but there are 2 experts (the full weight included)"),
+        (
+            {"methods.molf-e.winners": "full"},
+            "methods.molf-e: winners is full, but over a frozen base all experts are LoRA's: full needs the full "
+            "weight as an expert; choose another",
+        ),
+        (
+            {"methods.molf.winners": "alternate", "methods.molf.top_k": 2},
+            "methods.molf: winners is alternate, which lets one expert win in each step, but top_k is 2; set top_k "
+            "to 1",
+        ),
+        (
+            {"methods.molf.score_per": "row"},
+            "methods.molf.score_per: 'row': input should be 'module', 'layer' or 'model'",
+        ),
         (
             {"tasks.sql.source.kind": "ftp"},
             "tasks.sql.source.kind: 'ftp' is not known; allowed: 'generated', 'file', 'url', 'hub'",
@@ -214,7 +246,7 @@ def test_a_preset_keeps_blocks_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(UserError, match="preset 'huge' is not known; there is tiny, gemma, paper"):
+    with pytest.raises(UserError, match="preset 'huge' is not known; there is tiny, gemma, paper, rivals"):
         presets.differences("huge")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from molf import MoLFAdamW, MoLFConfig, RoutingRecorder, apply_molf, kernels, molf_modules, molf_param_groups
+from molf.config import check_params, read_yaml
 from molf.modules import layer
+from molf.training import Outcome, train
+from tests.conftest import ROOT, frame
 from tests.oracle import (
     DECAY,
     LORA_DECAY,
@@ -255,3 +259,23 @@ def test_a_control_that_pins_its_winners_is_not_one_sided_and_its_scores_are_kep
     other = RoutingRecorder()
     other.load_state_dict(recorder.state_dict())
     assert other.summary() == summary
+
+
+def test_a_cell_draws_by_its_seed_and_warns_of_no_control(base: Path, tmp_path: Path) -> None:
+    data = read_yaml(ROOT / "params.yaml")
+    data["training"] |= {"max_length": 32, "batch_size": 4, "max_steps": 4, "threads": 1}
+
+    def trained(name: str, winners: str, seed: int) -> Outcome:
+        data["methods"]["molf"] |= {"r": [4], "winners": winners}
+        params, folder = check_params(data, "test"), tmp_path / name
+        outcome = train(
+            base, frame(), params.methods["molf"], params.training, seed, folder / "weights", folder / "scratch"
+        )
+        assert not [text for text in outcome.summary["warnings"] if "one-sided" in text]
+        assert outcome.summary["routing"]["decided_by"] == winners
+        return outcome
+
+    first, again, other = (trained(f"random-{i}", "random", seed) for i, seed in enumerate((3, 3, 4)))
+    won = [outcome.routing["won"].tolist() for outcome in (first, again, other) if outcome.routing is not None]
+    assert won[0] == won[1] != won[2]
+    assert trained("full", "full", 3).summary["routing"]["share"] == {"full": 1.0, "lora_r4": 0.0}

@@ -219,6 +219,14 @@ def test_a_run_is_found_by_its_fingerprint_and_looking_makes_nothing(params: Par
         tracking.find_run(key, "molf", tmp_path)
 
 
+def test_a_control_is_tagged_as_what_it_is(params: Params, tmp_path: Path) -> None:
+    run, store = record(tmp_path), Store("molf", tmp_path)
+    assert "molf.control" not in store.open_cell(run).data.tags
+    other = {**run, "fingerprint": "f" * 16, "config": {"method": {**run["config"]["method"], "winners": "random"}}}
+    found = store.client.get_run(store.open_cell(other).info.run_id)
+    assert found.data.tags["molf.control"] == "control: winners drawn at random"
+
+
 def test_tracking_twice_adds_nothing(params: Params, tmp_path: Path) -> None:
     counts = tracking.track(tmp_path, params)
     assert counts == {"cells": 5, "runs": 4, "evaluations": 5, "comparisons": 0}

@@ -1,6 +1,7 @@
 """What params.yaml may hold, checked before anything runs.
 
-No field that shapes a result has a default: what a cell was made with stands in params.yaml, where DVC sees it change.
+No field that shapes a result has a default, so that what a cell was made with stands in params.yaml, where DVC sees it
+change. A method's options that came later have one, which means as before.
 """
 
 import hashlib

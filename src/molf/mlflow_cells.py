@@ -44,7 +44,7 @@ def complete(store: Store, run_id: str, train: Path) -> None:
     store.log_values(run_id, costs(summary))
     store.log_files(run_id, "train", train / "run.json", train / "summary.json", train / "history.parquet")
     if (train / "routing.parquet").exists():
-        _log_routing(store, run_id, train, Cell(**run["cell"]))
+        _log_routing(store, run_id, train, run)
     tags = {
         "molf.warning": next(iter(summary.get("warnings", [])), None),
         "molf.energy_source": summary.get("energy_source"),
@@ -224,7 +224,8 @@ def _shown(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value[:SHOWN_CHARACTERS] if isinstance(value, str) else value
 
 
-def _log_routing(store: Store, run_id: str, train: Path, cell: Cell) -> None:
+def _log_routing(store: Store, run_id: str, train: Path, run: Mapping[str, Any]) -> None:
+    from molf.report.controls import control, named
     from molf.report.routing_figures import read_routing, routing_heat_map
     from molf.report.style import save
 
@@ -233,8 +234,9 @@ def _log_routing(store: Store, run_id: str, train: Path, cell: Cell) -> None:
     if routing.empty:  # no step at a rate above 0
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "heat_map.png"
-        save(routing_heat_map({cell.method: routing}, f"{cell.name}: where the updates went"), path)
+        path, cell = Path(folder) / "heat_map.png", Cell(**run["cell"])
+        name = named({"method": cell.method, "control": control(run["config"]["method"])})
+        save(routing_heat_map({name: routing}, f"{cell.name}: where the updates went"), path)
         store.log_files(run_id, "routing", path)
 
 
