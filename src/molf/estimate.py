@@ -157,6 +157,8 @@ def cell_memory(
             _to_fake(model)
             forward = _Tracker().step(model, shape, cuda and training.dtype == "auto", training.micro_batches()[1])
     fixed = {"weights": sizes["weights"], "experts": sizes["experts"], "AdamW moments": sizes["moments"]}
+    if block.kind == "adalora":  # two averages of each trained number, in float32
+        fixed["importance"] = 8 * sizes["trained"]
     deferred = sizes["experts"] if block.kind == "molf" and any(_effective(module) for module in model.modules()) else 0
     if cuda:
         forward.pop("not reused")
@@ -175,7 +177,7 @@ def cell_memory(
     }
     phases = {name: {part: size for part, size in parts.items() if size} for name, parts in phases.items()}
     modules = sum(isinstance(module, MoLFLinear) for module in model.modules())
-    checkpoint = sizes["trained bytes"] + sizes["moments"]
+    checkpoint = sizes["trained bytes"] + sizes["moments"] + fixed.get("importance", 0)
     return Memory(
         phases, sizes["trained"], sizes["parameters"], sizes["saved"], checkpoint, modules, sizes["largest_layer"], cuda
     )

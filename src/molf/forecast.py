@@ -25,7 +25,7 @@ from molf.config import Params, Training
 from molf.errors import UserError
 from molf.estimate import Memory, Shape
 from molf.method_blocks import MethodBlock, MolfEfficientMethod, MolfMethod
-from molf.methods import keeps_weights
+from molf.methods import ADAPTERS, keeps_weights
 from molf.models import folder_bytes
 from molf.paths import CHECKPOINTS, MODELS, PREPARED, RESULTS, Cell, read_json
 
@@ -319,7 +319,7 @@ def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any
 
 def _import_as_a_cell_does(params: Params) -> None:
     modules = ["molf.training", "molf.tracking", "accelerate"]
-    modules += ["peft"] * any(params.methods[name].kind == "lora" for name in params.grid.methods)
+    modules += ["peft"] * any(params.methods[name].kind in ADAPTERS - {"molf-e"} for name in params.grid.methods)
     for module in modules:
         importlib.import_module(module)
 

@@ -94,4 +94,61 @@ class MolfEfficientMethod(MethodBase):
         return self
 
 
-MethodBlock = Annotated[FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod, Field(discriminator="kind")]
+class AdaLoraMethod(MethodBase):
+    """AdaLoRA by PEFT: adapters that begin too wide and are cut, in training, to a budget of ranks."""
+
+    kind: Literal["adalora"]
+    target_r: Count  # mean rank of a module at the end
+    init_r: Count  # rank of each at the start; the paper's is 1.5 times the end's
+    lora_alpha: Positive  # the factor is alpha / init_r, from start to end
+    lora_dropout: Fraction
+    exclude_modules: list[str]
+    tinit: Fraction  # share of the optimizer steps before the first cut
+    tfinal: Fraction  # share of them after the last one
+    deltaT: Count  # optimizer steps between two cuts
+    beta1: Annotated[float, Field(gt=0, lt=1)]  # smoothing of the importance
+    beta2: Annotated[float, Field(gt=0, lt=1)]  # smoothing of its uncertainty
+    orth_reg_weight: NotNegative  # of the penalty that keeps P and Q near orthogonal
+    learning_rate: Positive
+    weight_decay: NotNegative
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AdaLoraMethod":
+        if self.init_r <= self.target_r:
+            raise ValueError(
+                f"init_r is {self.init_r}, target_r is {self.target_r}: there must be ranks to cut; the paper's init_r "
+                f"is 1.5 times target_r, {-(-3 * self.target_r // 2)} here"
+            )
+        if self.tinit + self.tfinal >= 1:
+            raise ValueError(
+                f"tinit {self.tinit:g} and tfinal {self.tfinal:g} leave no step to cut ranks in; lower one"
+            )
+        return self
+
+    def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
+        return {"fsdp": "a rank's importance is seen on whole gradients"}
+
+
+class EvaMethod(MethodBase):
+    """LoRA by PEFT that begins at the directions of the data's activations, with ranks where these explain most."""
+
+    kind: Literal["eva"]
+    r: Count  # mean rank of a module
+    rho: Annotated[float, Field(ge=1)]  # a module's rank may be so many times r
+    tau: Annotated[float, Field(gt=0, lt=1)]  # cosine from which a direction counts as settled between two batches
+    use_label_mask: bool  # whether completions' tokens alone count, or all
+    probe_steps: Count  # optimizer steps whose rows are looked at before the first one
+    lora_alpha: Positive
+    use_rslora: bool  # the factor is alpha / sqrt(r) instead of alpha / r, in every module whatever its own rank
+    lora_dropout: Fraction
+    exclude_modules: list[str]
+    learning_rate: Positive
+    weight_decay: NotNegative
+
+    def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
+        return {"fsdp": "its ranks come from the data, and a copy of the whole model is made without"}
+
+
+MethodBlock = Annotated[
+    FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod | AdaLoraMethod | EvaMethod, Field(discriminator="kind")
+]

@@ -25,12 +25,19 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
 
-from molf.methods import fft, lora, molf, molf_e
+from molf.methods import adalora, eva, fft, lora, molf, molf_e
 
-METHODS: dict[str, ModuleType] = {"fft": fft, "lora": lora, "molf": molf, "molf-e": molf_e}
+METHODS: dict[str, ModuleType] = {
+    "fft": fft,
+    "lora": lora,
+    "molf": molf,
+    "molf-e": molf_e,
+    "adalora": adalora,
+    "eva": eva,
+}
 
 # Kinds whose weights are a small file beside the base model (`training.keep: adapter-only`).
-ADAPTERS = frozenset({"lora", "molf-e"})
+ADAPTERS = frozenset({"lora", "molf-e", "adalora", "eva"})
 
 
 def optional(
