@@ -11,6 +11,40 @@ from molf.resume import Keeper
 from molf.training import Outcome, train
 from tests.conftest import ROOT, frame
 
+# Blocks of methods that move ranks; params.yaml has none of them.
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "adalora": {
+        "kind": "adalora",
+        "target_r": 4,
+        "init_r": 6,
+        "lora_alpha": 12.0,
+        "lora_dropout": 0.0,
+        "exclude_modules": ["lm_head"],
+        "tinit": 0.1,
+        "tfinal": 0.3,
+        "deltaT": 2,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.1,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,
+    },
+    "eva": {
+        "kind": "eva",
+        "r": 4,
+        "rho": 2.0,
+        "tau": 0.99,
+        "use_label_mask": False,
+        "probe_steps": 4,
+        "lora_alpha": 4.0,
+        "use_rslora": True,
+        "lora_dropout": 0.0,
+        "exclude_modules": ["lm_head"],
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,
+    },
+}
+
 # method, its changes, the base model's folder
 CELLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "fft": ("fft", {}, "tied"),
@@ -18,6 +52,8 @@ CELLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "molf-effective": ("molf", {"forward": "effective"}, "tied"),
     "molf-dense": ("molf", {"forward": "dense"}, "base"),
     "molf-e": ("molf-e", {"r": [2, 5]}, "base"),
+    "adalora": ("adalora", ADAPTIVE["adalora"], "tied"),
+    "eva": ("eva", ADAPTIVE["eva"], "tied"),
     "random": ("molf-e", {"r": [2, 5], "score_per": "layer", "winners": "random"}, "base"),
 }
 
@@ -29,7 +65,7 @@ def params(name: str, **budget: Any) -> Params:
     data["training"] |= {"max_length": 32, "batch_size": 4, "gradient_accumulation": 2, "epochs": 3, "threads": 1}
     data["training"] |= budget
     data["methods"]["molf"] |= {"r": [3], "learning_rate": 5e-3, "lora_learning_rate": 2e-3}
-    data["methods"][method] |= changes
+    data["methods"][method] = data["methods"].get(method, {}) | changes
     return check_params(data, "test")
 
 

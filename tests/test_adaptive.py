@@ -22,42 +22,10 @@ from molf.methods.sample import Sample
 from molf.models import folder_hash, load_model, load_tokenizer
 from molf.resume import Keeper
 from molf.training import Outcome, train
-from tests.cells import StopAfter, Stopped
+from tests.cells import ADAPTIVE, StopAfter, Stopped
 from tests.conftest import ROOT, frame
 
-BLOCKS: dict[str, dict[str, Any]] = {
-    "adalora": {
-        "kind": "adalora",
-        "target_r": 4,
-        "init_r": 6,
-        "lora_alpha": 12.0,
-        "lora_dropout": 0.0,
-        "exclude_modules": ["lm_head"],
-        "tinit": 0.1,
-        "tfinal": 0.3,
-        "deltaT": 2,
-        "beta1": 0.85,
-        "beta2": 0.85,
-        "orth_reg_weight": 0.1,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.01,
-    },
-    "eva": {
-        "kind": "eva",
-        "r": 4,
-        "rho": 2.0,
-        "tau": 0.99,
-        "use_label_mask": False,
-        "probe_steps": 4,
-        "lora_alpha": 4.0,
-        "use_rslora": True,
-        "lora_dropout": 0.0,
-        "exclude_modules": ["lm_head"],
-        "learning_rate": 1e-2,
-        "weight_decay": 0.01,
-    },
-}
-KINDS = list(BLOCKS)
+KINDS = list(ADAPTIVE)
 STEPS = 20  # 18 rows in batches of 4, 4 epochs
 MODULES = 14  # of the random base
 
@@ -65,7 +33,7 @@ MODULES = 14  # of the random base
 def chosen(kind: str, budget: dict[str, Any] | None = None, **changes: Any) -> Params:
     data = read_yaml(ROOT / "params.yaml")
     data["training"] |= {"max_length": 32, "batch_size": 4, "epochs": 4, "threads": 1} | (budget or {})
-    data["methods"][kind] = BLOCKS[kind] | changes
+    data["methods"][kind] = ADAPTIVE[kind] | changes
     data["grid"]["methods"] = [kind]
     return check_params(data, "test")
 
