@@ -12,6 +12,7 @@ from molf import presets
 from molf.cli import run
 from molf.config import cell_config, check_params, fingerprint, load_params, read_yaml
 from molf.errors import UserError
+from molf.methods import METHODS
 from molf.paths import Cell
 from molf.report.controls import control
 
@@ -122,7 +123,7 @@ def test_presets_give_every_task_the_budget_that_they_mean() -> None:
         ({"methods.lora.rank": 8}, "methods.lora.rank: unknown key; remove it or correct its spelling"),
         (
             {"methods.fft.kind": "full"},
-            "methods.fft.kind: 'full' is not known; allowed: 'fft', 'lora', 'molf', 'molf-e'",
+            f"methods.fft.kind: 'full' is not known; allowed: {', '.join(map(repr, METHODS))}",
         ),
         ({"methods.molf.top_k": 3}, "methods.molf: top_k is 3, but there are 2 experts (the full weight included)"),
         (
