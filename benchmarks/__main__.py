@@ -10,7 +10,7 @@ from benchmarks.measure import RESULTS, Result, Settings, Skipped
 
 def cases() -> dict[str, Callable[[Settings], Result]]:
     """All cases by name, in the table's order."""
-    from benchmarks import head, memory, optimizer, steps
+    from benchmarks import head, memory, optimizer, selection, steps
 
     return {
         "step": steps.molf_step,
@@ -18,6 +18,7 @@ def cases() -> dict[str, Callable[[Settings], Result]]:
         "optimizer": optimizer.routed_update,
         "efficient": steps.efficient_step,
         "efficient-memory": memory.efficient_memory,
+        "selected": selection.selected_step,
         "recording": steps.recording,
         "head": head.supervised_head,
     }
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.only:
         chosen = {name: chosen[name] for name in options.only}
     # Converted on first use, which takes a while: only for a case that trains it.
-    wanted = not options.quick and ("head" in chosen or device.cuda)
+    wanted = not options.quick and (not chosen.keys().isdisjoint({"head", "selected"}) or device.cuda)
     settings = Settings(
         device=device,
         threads=torch.get_num_threads(),

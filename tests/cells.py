@@ -11,7 +11,7 @@ from molf.resume import Keeper
 from molf.training import Outcome, train
 from tests.conftest import ROOT, frame
 
-# Blocks of methods that move ranks; params.yaml has none of them.
+# Blocks of methods that choose ranks; params.yaml has none of them.
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "adalora": {
         "kind": "adalora",
@@ -43,6 +43,20 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-2,
         "weight_decay": 0.01,
     },
+    "selected": {
+        "kind": "selected",
+        "r": 4,
+        "budget": 1.0,
+        "share": 0.5,
+        "probe_steps": 2,
+        "exponent": 0.5,
+        "lora_alpha": 4.0,
+        "use_rslora": True,
+        "lora_dropout": 0.0,
+        "exclude_modules": ["lm_head"],
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,
+    },
 }
 
 # method, its changes, the base model's folder
@@ -54,6 +68,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "molf-e": ("molf-e", {"r": [2, 5]}, "base"),
     "adalora": ("adalora", ADAPTIVE["adalora"], "tied"),
     "eva": ("eva", ADAPTIVE["eva"], "tied"),
+    "selected": ("selected", ADAPTIVE["selected"], "tied"),
     "random": ("molf-e", {"r": [2, 5], "score_per": "layer", "winners": "random"}, "base"),
 }
 

@@ -79,6 +79,18 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path, capsys: pyte
     assert "| MoLF-Efficient peak memory, r=(32, 128)" in capsys.readouterr().out
 
 
+def test_the_choice_of_layers_is_measured_beside_uniform_lora(tmp_path: Path) -> None:
+    run([*QUICK, "--only", "selected", "--into", str(tmp_path), "--name", "t"])
+    case = json.loads((tmp_path / "t.json").read_text())["cases"]["selected"]
+    told = case["data"]["tiny"]
+    assert len(case["rows"]) == len(told["sides"]) == 5 and {row["limit"] for row in case["rows"]} == {None}
+    for side, of in told["sides"].items():
+        share = float(side.rpartition(" ")[2])
+        assert 0.85 * share < of["parameters"] / told["uniform_parameters"] <= share  # narrow layers end at full rank
+        assert of["layers"] == ([1] if side.startswith("the upper") else [0])
+    assert told["probe_seconds"] > 0
+
+
 def test_a_row_judges_its_median_from_the_right_side() -> None:
     fast = Row("a", "b", "tokens/s", [30.0, 10.0, 40.0], [10.0, 10.0, 20.0], 1.5, at_least=True)
     slow = Row("c", "b", "s", [1.3, 1.0, 1.3], [1.0, 1.0, 1.0], 1.15)

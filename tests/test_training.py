@@ -12,8 +12,6 @@ from molf.batches import Collator, encode_examples
 from molf.config import check_params, read_yaml
 from molf.encoding import IGNORED, PLAIN_CHAT
 from molf.errors import RunError, UserError
-from molf.evaluation import LanguageModel
-from molf.methods import METHODS
 from molf.methods.sample import completion_loss
 from molf.models import folder_hash, load_model, load_tokenizer
 from molf.training import Outcome, train, warmup_steps
@@ -61,41 +59,18 @@ def test_padding_changes_no_loss(base: Path, rows: Callable[[int], pd.DataFrame]
     torch.testing.assert_close(completion_loss(model, collate(examples)), alone)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_cell_learns_records_and_loads(base: Path, tmp_path: Path, method: str) -> None:
-    outcome = cell(base, method, tmp_path, epochs=6)
-    history, summary = outcome.history, outcome.summary
-    assert history["step"].tolist() == list(range(1, 37)) == list(range(1, summary["steps"] + 1))
-    assert history["loss"].tail(4).mean() < history["loss"].head(4).mean() - 0.2
-    assert (history["learning_rate"] >= 0).all() and history["learning_rate"].iloc[0] == 0
-    assert (history[["grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"]] > 0).all().all()
-    frozen = method in ("lora", "molf-e")
-    assert (summary["trained_parameters"] < summary["total_parameters"]) == frozen
-    assert summary["weights_bytes"] > 0
-    if METHODS[method].routed(None):  # type: ignore[arg-type]
-        assert outcome.routing is not None
-        experts = 2
-        assert len(outcome.routing) == 36 * 14 * experts
-        assert outcome.routing.groupby(["step", "module"])["won"].sum().eq(1).all()
-        assert not outcome.routing.loc[outcome.routing["step"] == 1, "counted"].any()
-        assert abs(sum(summary["routing"]["share"].values()) - 1) < 1e-9
-    else:
-        assert outcome.routing is None and summary["routing"] is None
-    model = METHODS[method].load(base, tmp_path / f"weights-{method}", torch.float32)
-    lm = LanguageModel(model, load_tokenizer(base), batch_size=8)
-    untrained = LanguageModel(load_model(base, torch.float32), load_tokenizer(base), batch_size=8)
-    rows = frame()
-    asked = [(prompt, [completion], 0) for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
-    after, before = (sum(float(a.logprobs[0].sum()) for a in model.answer(asked)) for model in (lm, untrained))
-    assert after > before + 5
-
-
-def test_every_method_sees_the_same_batches_in_the_same_order(base: Path, tmp_path: Path) -> None:
-    outcomes = [cell(base, method, tmp_path) for method in METHODS]
-    assert len({outcome.summary["order_hash"] for outcome in outcomes}) == 1
-    assert len({tuple(outcome.history["tokens"]) for outcome in outcomes}) == 1
-    # Adapters start at zero, so the first step's loss is the base model's in all.
-    assert len({round(float(outcome.history["loss"].iloc[0]), 5) for outcome in outcomes}) == 1
+@pytest.mark.parametrize("method", ["molf", "molf-e"])
+def test_every_step_of_a_routed_cell_is_recorded(base: Path, tmp_path: Path, method: str) -> None:
+    outcome = cell(base, method, tmp_path)
+    assert outcome.history["step"].tolist() == list(range(1, 13)) == list(range(1, outcome.summary["steps"] + 1))
+    assert (outcome.history["learning_rate"] >= 0).all() and outcome.history["learning_rate"].iloc[0] == 0
+    assert (outcome.history[["grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"]] > 0).all().all()
+    assert outcome.routing is not None
+    experts = 2
+    assert len(outcome.routing) == 12 * 14 * experts
+    assert outcome.routing.groupby(["step", "module"])["won"].sum().eq(1).all()
+    assert not outcome.routing.loc[outcome.routing["step"] == 1, "counted"].any()
+    assert abs(sum(outcome.summary["routing"]["share"].values()) - 1) < 1e-9
 
 
 @pytest.mark.parametrize("method", ["fft", "molf"])

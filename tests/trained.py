@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,19 +49,23 @@ def run_stage(name: str, *arguments: str) -> None:
         assert main(STAGES[name].run) == 0
 
 
-def make(root: Path, model: Path, keep: str = "all") -> Path:
+def make(
+    root: Path, model: Path, keep: str = "all", blocks: Mapping[str, dict[str, Any]] | None = None, epochs: int = 2
+) -> Path:
     """Fills a folder.
 
     Args:
         root: The folder.
         model: Folder of the base model.
         keep: `training.keep`.
+        blocks: Of the methods that are trained, by name; by default those of the default grid.
+        epochs: `training.epochs`.
 
     Returns:
         `root`.
     """
     data = read_yaml(ROOT / "params.yaml")
-    data["grid"] = {"models": ["tiny"], "tasks": ["fact"], "methods": list(METHODS), "seeds": [0]}
+    data["grid"] = {"models": ["tiny"], "tasks": ["fact"], "methods": list(blocks or METHODS), "seeds": [0]}
     data["models"] = {"tiny": {"kind": "path", "path": str(model)}}
     task = data["tasks"]["fact"]
     task["source"] = {"kind": "file", "path": "rows.jsonl"}
@@ -67,10 +73,11 @@ def make(root: Path, model: Path, keep: str = "all") -> Path:
     task |= {"max_rejected": 0.1, "training": {}}
     data["tasks"] = {"fact": task}
     data["general"] = {"kind": "file", "path": "general.txt", "column": None, "rows": None, "max_length": 16}
-    data["training"] |= {"max_length": 32, "batch_size": 4, "epochs": 2, "threads": 1, "keep": keep}
+    data["training"] |= {"max_length": 32, "batch_size": 4, "epochs": epochs, "threads": 1, "keep": keep}
     data["methods"]["lora"]["r"] = 3
     data["methods"]["molf"]["r"] = [3]
     data["methods"]["molf-e"]["r"] = [2, 5]
+    data["methods"] |= blocks or {}
     data["compare"]["bootstrap"] = 200
     root.mkdir(parents=True, exist_ok=True)
     (root / "params.yaml").write_text(json.dumps(data))
@@ -86,7 +93,7 @@ def make(root: Path, model: Path, keep: str = "all") -> Path:
             run_stage("base", "tiny")
             run_stage("general")
             run_stage("evaluate", "tiny", "fact")
-            for method in METHODS:
+            for method in blocks or METHODS:
                 run_stage("train", "tiny", "fact", method, "0")
                 run_stage("evaluate", "tiny", "fact", method, "0")
             run_stage("compare")

@@ -149,6 +149,30 @@ class EvaMethod(MethodBase):
         return {"fsdp": "its ranks come from the data, and a copy of the whole model is made without"}
 
 
+class SelectedMethod(MethodBase):
+    """LoRA on the layers that a short gradient probe finds most important, with ranks by importance (docs/methods.md).
+
+    Its budget is what uniform LoRA of rank `r` trains on all layers, or a share of that.
+    """
+
+    kind: Literal["selected"]
+    r: Count
+    budget: Annotated[float, Field(gt=0, le=1)]  # share of uniform LoRA's trained parameters that is spent
+    share: Annotated[float, Field(gt=0, le=1)]  # of the layers, rounded up: the most important ones get adapters
+    probe_steps: Count  # optimizer steps whose examples the probe looks at, from the first on
+    exponent: NotNegative  # of a module's importance, to which its rank is proportional; 0: ranks are alike
+    lora_alpha: Positive
+    use_rslora: bool  # scale alpha / sqrt(rank) instead of alpha / rank, of each module's own rank
+    lora_dropout: Fraction
+    exclude_modules: list[str]
+    learning_rate: Positive
+    weight_decay: NotNegative
+
+    def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
+        return {"fsdp": "the whole model that is saved would be adapted anew, without the probe"}
+
+
 MethodBlock = Annotated[
-    FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod | AdaLoraMethod | EvaMethod, Field(discriminator="kind")
+    FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod | AdaLoraMethod | EvaMethod | SelectedMethod,
+    Field(discriminator="kind"),
 ]

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
 
-from molf.methods import adalora, eva, fft, lora, molf, molf_e
+from molf.methods import adalora, eva, fft, lora, molf, molf_e, selected
 
 METHODS: dict[str, ModuleType] = {
     "fft": fft,
@@ -34,10 +34,11 @@ METHODS: dict[str, ModuleType] = {
     "molf-e": molf_e,
     "adalora": adalora,
     "eva": eva,
+    "selected": selected,
 }
 
 # Kinds whose weights are a small file beside the base model (`training.keep: adapter-only`).
-ADAPTERS = frozenset({"lora", "molf-e", "adalora", "eva"})
+ADAPTERS = frozenset({"lora", "molf-e", "adalora", "eva", "selected"})
 
 
 def optional(
