@@ -63,6 +63,9 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
 CELLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "fft": ("fft", {}, "tied"),
     "lora": ("lora", {"r": 3}, "tied"),
+    "dora": ("lora", {"r": 3, "use_dora": True}, "tied"),
+    "pissa": ("lora", {"r": 3, "init_lora_weights": "pissa"}, "tied"),
+    "loraplus": ("lora", {"r": 3, "loraplus_lr_ratio": 4.0}, "tied"),
     "molf-effective": ("molf", {"forward": "effective"}, "tied"),
     "molf-dense": ("molf", {"forward": "dense"}, "base"),
     "molf-e": ("molf-e", {"r": [2, 5]}, "base"),

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def params_of(cell: dict[str, Any]) -> Params:
-    """params.yaml with a cell's budget: `method`, `rows`, `length`, and optionally `forward` and keys of `training`."""
+    """params.yaml with a cell's `method`, `rows`, `length`, maybe `forward`, keys of its `block`, of `training`."""
     data = read_yaml(ROOT / "params.yaml")
     data["methods"]["molf"]["forward"] = cell.get("forward", "auto")
+    data["methods"][cell["method"]] |= cell.get("block", {})
     data["training"] |= {"max_length": cell["length"], "batch_size": cell["rows"], "max_steps": 2, "threads": 1}
     data["training"] |= {"warmup": 0.0, **cell.get("training", {})}
     return check_params(data, "params.yaml")

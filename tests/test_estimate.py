@@ -25,6 +25,8 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 CELLS["molf-dense-5"] = {"method": "molf", "forward": "dense", "rows": 5, "length": 96}
 CELLS["molf-2x3"] = {"method": "molf", "rows": 3, "length": 96, "training": {"gradient_accumulation": 2}}
+for _name, _block in (("dora", {"use_dora": True}), ("pissa", {"init_lora_weights": "pissa"})):
+    CELLS[_name] = {"method": "lora", "rows": 8, "length": 96, "block": _block}
 for _method in ("fft", "molf"):
     CELLS[f"{_method}-8bit-8"] = {"method": _method, "rows": 8, "length": 96, "training": {"moments": "8bit"}}
 
@@ -100,6 +102,8 @@ def test_parts_are_those_of_the_method(base: Path) -> None:
         assert adapter.trained * 4 == adapter.parts["experts"] == adapter.saved
         assert adapter.parts["AdamW moments"] == 2 * adapter.parts["experts"]
         assert adapter.checkpoint == 3 * adapter.saved
+    pissa = memory(base, cell | {"method": "lora", "block": {"init_lora_weights": "pissa"}})
+    assert (pissa.trained, pissa.saved, pissa.checkpoint) == (lora.trained, 2 * lora.saved, 4 * lora.saved)
     assert efficient.modules == molf.modules == 7 * 4 and not fft.modules and not lora.modules
     coded = memory(base, cell | {"method": "fft", "training": {"moments": "8bit"}})
     assert 0.25 < coded.parts["AdamW moments"] / fft.parts["AdamW moments"] < 0.26

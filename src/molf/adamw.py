@@ -48,7 +48,11 @@ def plain_adamw(
         weight_decay: Biases and norms are not decayed.
         moments: As `AdamW`'s.
     """
-    groups = plain_param_groups((p for p in parameters if p.requires_grad), lr, weight_decay)
+    return make_adamw(plain_param_groups((p for p in parameters if p.requires_grad), lr, weight_decay), moments)
+
+
+def make_adamw(groups: list[dict[str, Any]], moments: Precision) -> torch.optim.Optimizer:
+    """AdamW on groups, as `plain_adamw` chooses it."""
     if moments == "float32" and all(p.dtype == torch.float32 for group in groups for p in group["params"]):
         return torch.optim.AdamW(groups, eps=1e-8, fused=True)
     return AdamW(groups, eps=1e-8, moments=moments)

@@ -177,7 +177,7 @@ def cell_memory(
     }
     phases = {name: {part: size for part, size in parts.items() if size} for name, parts in phases.items()}
     modules = sum(isinstance(module, MoLFLinear) for module in model.modules())
-    checkpoint = sizes["trained bytes"] + sizes["moments"] + fixed.get("importance", 0)
+    checkpoint = sizes["trained bytes"] + sizes["moments"] + fixed.get("importance", 0) + sizes["start"]
     return Memory(
         phases, sizes["trained"], sizes["parameters"], sizes["saved"], checkpoint, modules, sizes["largest_layer"], cuda
     )
@@ -219,8 +219,22 @@ def _shared(memory: Memory, processes: int, sharded: bool) -> dict[str, dict[str
 
 def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
     """Bytes by kind, and counts, of a prepared model's parameters."""
+    from molf.methods import principal
+
     sizes = dict.fromkeys(
-        ("weights", "experts", "gradients", "moments", "trained", "trained bytes", "parameters", "saved", "compiler"), 0
+        (
+            "weights",
+            "experts",
+            "gradients",
+            "moments",
+            "trained",
+            "trained bytes",
+            "parameters",
+            "saved",
+            "start",
+            "compiler",
+        ),
+        0,
     )
     adapter = not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
     deferred = {id(p) for module in model.modules() if _effective(module) for p in _experts(module)}
@@ -239,6 +253,9 @@ def _sizes(model: nn.Module, moments: str) -> dict[str, int]:
                 sizes["compiler"] = COMPILER
             sizes["moments"] += round(2 * parameter.numel() * (1 + 4 / kernels.CODES_PER_SCALE if coded else 4))
     sizes["weights"] += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    began = (buffer for name, buffer in model.named_buffers() if name.endswith(principal.NAMES))
+    sizes["start"] = sum(buffer.numel() * buffer.element_size() for buffer in began)
+    sizes["saved"] += sizes["start"]
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
     of_layer = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
     sizes["largest_layer"] = max(of_layer, default=sizes["weights"])

@@ -25,7 +25,7 @@ class FftMethod(MethodBase):
 
 
 class LoraMethod(MethodBase):
-    """One LoRA adapter by PEFT on all linear layers but the excluded."""
+    """One LoRA adapter by PEFT on all linear layers but the excluded, or a relative that changes one thing of it."""
 
     kind: Literal["lora"]
     r: Count
@@ -35,6 +35,20 @@ class LoraMethod(MethodBase):
     exclude_modules: list[str]
     learning_rate: Positive
     weight_decay: NotNegative
+    # What follows means plain LoRA where it is not given.
+    use_dora: bool = False  # a trained magnitude for each row, beside its direction: DoRA (arXiv 2402.09353)
+    # pissa: A and B begin at the weight's r largest singular values, the base keeps the rest (arXiv 2404.02948).
+    init_lora_weights: Literal["default", "pissa"] = "default"
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's rate over learning_rate, A's: LoRA+ (arXiv 2402.12354)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LoraMethod":
+        if self.use_dora and self.init_lora_weights == "pissa":
+            raise ValueError(
+                "use_dora: true takes its magnitudes from the base weight, which init_lora_weights: pissa takes apart; "
+                "use one of them"
+            )
+        return self
 
 
 class MolfMethod(MethodBase):
