@@ -12,7 +12,7 @@ from molf import estimate, forecast, sharding
 from molf.cli import run
 from molf.config import Params, check_params, read_yaml
 from molf.estimate import Memory, Shape
-from molf.forecast import Forecast, Lengths, Need, Probe
+from molf.forecast import Forecast, Lengths, Need, StepTime
 from molf.paths import CHECKPOINTS, Cell
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_steps_shapes_and_times_follow_the_budget_and_the_lengths() -> None:
     assert forecast.largest(training, lengths, 64) == Shape(4, 30, 6)
     assert forecast.largest(training, None, 64) == Shape(4, 256, 66)
     # 9 steps of 8 examples of 20 tokens each.
-    assert forecast.duration(training, lengths, Probe(tokens_per_second=100, start=7)) == pytest.approx(
+    assert forecast.duration(training, lengths, StepTime(tokens_per_second=100, start=7)) == pytest.approx(
         7 + 9 * 160 / 100
     )
 

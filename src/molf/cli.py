@@ -263,8 +263,8 @@ def estimate_grid(steps: int | None, as_json: bool) -> None:
 
     from molf import forecast
 
-    def watch(probes: list[Any]) -> Iterable[Any]:
-        return tqdm(probes, desc="timing a few steps", unit="training", disable=None, leave=False)
+    def watch(trainings: list[Any]) -> Iterable[Any]:
+        return tqdm(trainings, desc="timing a few steps", unit="training", disable=None, leave=False)
 
     result = forecast.forecast(params, steps, watch)
     if as_json:

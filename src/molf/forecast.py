@@ -44,7 +44,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Probe:
+class StepTime:
     """What a few real steps told."""
 
     tokens_per_second: float
@@ -100,10 +100,10 @@ def largest(training: Training, lengths: Lengths | None, answer: int) -> Shape:
     return Shape(rows, max(lengths.whole), max(lengths.completion) + 1)
 
 
-def duration(training: Training, lengths: Lengths, probe: Probe) -> float:
+def duration(training: Training, lengths: Lengths, timed: StepTime) -> float:
     """Seconds of a cell's training."""
     per_step = statistics.fmean(lengths.whole) * training.batch_size * training.gradient_accumulation
-    return probe.start + total_steps(training, len(lengths.whole)) * per_step / probe.tokens_per_second
+    return timed.start + total_steps(training, len(lengths.whole)) * per_step / timed.tokens_per_second
 
 
 def need(cell: Cell, params: Params, memory: Memory, lengths: Lengths | None, imports: int) -> Need:
@@ -265,13 +265,13 @@ def span(seconds: float | None) -> str:
 # --- files and processes at the edge ---------------------------------------------------------------------------------
 
 
-def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any]], Iterable[Any]] = iter) -> Forecast:
+def forecast(params: Params, timed_steps: int | None, watch: Callable[[list[Any]], Iterable[Any]] = iter) -> Forecast:
     """Looks at params.yaml, at what is built already, and at this machine.
 
     Args:
         params: All of params.yaml.
-        probed_steps: Optimizer steps to run for the time of each model, task and method; None probes nothing.
-        watch: Wraps the list of probes, for a progress bar.
+        timed_steps: Optimizer steps to run for the time of each model, task and method; None times nothing.
+        watch: Wraps the list of timed trainings, for a progress bar.
     """
     import torch
 
@@ -312,8 +312,8 @@ def forecast(params: Params, probed_steps: int | None, watch: Callable[[list[Any
         each.there = folder_bytes(cell.weights) + folder_bytes(cell.results / "train")
         each.passing_there = folder_bytes(CHECKPOINTS / cell.name)
         result.needs.append(each)
-    if probed_steps is not None:
-        _add_times(result, params, lengths, probed_steps, watch)
+    if timed_steps is not None:
+        _add_times(result, params, lengths, timed_steps, watch)
     return result
 
 
@@ -348,21 +348,21 @@ def _add_times(
     steps: int,
     watch: Callable[[list[Any]], Iterable[Any]],
 ) -> None:
-    """Probes each model, task and method whose base and data are here and that fits this machine."""
+    """Times each model, task and method whose base and data are here and that fits this machine."""
     wanted: dict[tuple[str, str, str], list[Need]] = {}
     for each in result.needs:
         cell = each.cell
         if lengths[cell.model, cell.task] is None or each.process is None:
             continue
         if each.processes > 1:
-            _once(result.unknown, "time with training.processes above 1 is not probed")
+            _once(result.unknown, "time with training.processes above 1 is not measured")
         elif result.memory_free is not None and each.process > result.memory_free:
-            _once(result.unknown, f"{cell.model}/{cell.task}/{cell.method} does not fit this machine: not probed")
+            _once(result.unknown, f"{cell.model}/{cell.task}/{cell.method} does not fit this machine: not timed")
         else:
             wanted.setdefault((cell.model, cell.task, cell.method), []).append(each)
     for key in watch(list(wanted)):
         try:
-            told = probe(key, steps)
+            told = step_time(key, steps)
         except UserError as error:
             result.unknown.append(f"time of {'/'.join(key)}: {error}")
             continue
@@ -445,17 +445,17 @@ def evaluation_seconds(params: Params) -> float | None:
     return total
 
 
-def probe(key: tuple[str, str, str], steps: int) -> Probe:
+def step_time(key: tuple[str, str, str], steps: int) -> StepTime:
     """Trains a few steps of a model, task and method in a process of their own.
 
     Raises:
         UserError: They failed; the last line of what they said.
     """
     with tempfile.TemporaryDirectory(prefix="molf-") as folder:
-        file = Path(folder) / "probe.json"
-        command = [sys.executable, "-m", "molf.probe", *key, str(steps), str(file)]
+        file = Path(folder) / "time.json"
+        command = [sys.executable, "-m", "molf.steptime", *key, str(steps), str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}"))
         told = json.loads(file.read_text(encoding="utf-8"))
-    return Probe(told["tokens"] / told["seconds"], told["start"])
+    return StepTime(told["tokens"] / told["seconds"], told["start"])

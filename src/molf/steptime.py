@@ -1,4 +1,4 @@
-"""`python -m molf.probe MODEL TASK METHOD STEPS FILE`: trains a few steps of a cell, to know how long a step takes."""
+"""`python -m molf.steptime MODEL TASK METHOD STEPS FILE`: trains a few steps of a cell, to know how long a step takes."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def run() -> None:
     budget = params.training_for(task).model_copy(update={"max_steps": int(steps) + 1})
     METHODS[block.kind].save = lambda *_: None  # type: ignore[attr-defined]  # gigabytes that nobody will read
     METHODS[block.kind].proof = None  # type: ignore[attr-defined]  # so few steps need not show it
-    with tempfile.TemporaryDirectory(prefix="molf-probe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="molf-steptime-") as folder:
         outcome = training.train(
             base=MODELS / model,
             examples_frame=batches.read_examples(PREPARED / task / "train.parquet"),
