@@ -57,6 +57,16 @@ def run(arguments: Sequence[str]) -> int:
     estimate.add_argument("--probe", type=int, default=2, metavar="N", help="optimizer steps to time (default 2)")
     estimate.add_argument("--no-probe", action="store_true", help="memory and disk only, in seconds")
     estimate.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
+    probe = commands.add_parser("probe", help="look at the gradients, and forecast which method wins and which rank")
+    probe.add_argument("--model", help="one model of the grid (default: all)")
+    probe.add_argument("--task", help="one task of the grid (default: all)")
+    probe.add_argument("--batches", type=int, default=32, metavar="N", help="batches to look at (default 32)")
+    probe.add_argument("--steps", type=int, default=4, metavar="N", help="first steps to route; 0: none (default 4)")
+    probe.add_argument("--every", type=int, default=1, metavar="N", help="each N-th layer only: less time and memory")
+    probe.add_argument("--json", action="store_true", help="all numbers")
+    probe.add_argument(
+        "--check", nargs="*", type=Path, metavar="FOLDER", help="how often forecasts hit (default: all comparisons)"
+    )
     commands.add_parser("show", help="print the last comparison")
     compare = commands.add_parser("compare", help="fail if a score fell since a git revision: a gate for CI")
     compare.add_argument("--against", metavar="REVISION", help="such as main, HEAD~1, a tag")
@@ -122,6 +132,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(lambda: inspect_file(options))
         case "estimate":
             return main(lambda: estimate_grid(None if options.no_probe else options.probe, options.json))
+        case "probe":
+            return main(lambda: probe_grid(options))
         case "show":
             return main(show)
         case "compare":
@@ -273,6 +285,13 @@ def estimate_grid(steps: int | None, as_json: bool) -> None:
     print(forecast.table(result))
     first = f"dvc repro {' '.join(result.run_first)} && molf estimate" if result.run_first else "make run"
     print(f"next: {first}")
+
+
+def probe_grid(options: argparse.Namespace) -> None:
+    """Prints a forecast from the gradients, or how often forecasts hit."""
+    from molf.probe import command
+
+    print(command.check(options.check, options.json) if options.check is not None else command.forecasts(options))
 
 
 def show() -> None:
@@ -504,6 +523,10 @@ def publish_results(directory: Path) -> None:
     shutil.copytree(
         REPORTS / "figures", directory / "figures", ignore=shutil.ignore_patterns("*.svg"), dirs_exist_ok=True
     )
+    if (REPORTS / "probe").is_dir():
+        shutil.copytree(
+            REPORTS / "probe", directory / "probe", ignore=shutil.ignore_patterns("*.svg"), dirs_exist_ok=True
+        )
     shutil.copyfile(PARAMS, directory / "params.yaml")
     (directory / "tables.md").write_text(published_readme(comparison), encoding="utf-8")
     print(f"{directory} holds the comparison; add a README.md that says what it shows, and commit it")

@@ -1,4 +1,4 @@
-"""`python -m molf.steptime MODEL TASK METHOD STEPS FILE`: trains a few steps of a cell, to know how long a step takes."""
+"""`python -m molf.steptime MODEL TASK METHOD STEPS FILE`: trains a few steps of a cell, to know how long one takes."""
 
 import json
 import sys
