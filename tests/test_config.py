@@ -14,7 +14,7 @@ from molf.config import cell_config, check_params, fingerprint, load_params, rea
 from molf.errors import UserError
 from molf.methods import METHODS
 from molf.paths import Cell
-from molf.report.controls import control
+from molf.report.controls import control, kind_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +66,27 @@ def test_the_rivals_are_what_their_names_say() -> None:
         assert name in (said["winners"], f"per-{said['score_per']}")
         # What is compared differs in nothing else.
         assert said | {"winners": "scores", "score_per": "module"} == methods["molf"].model_dump()
+
+
+def test_the_relatives_of_lora_differ_from_it_in_what_they_are_and_are_no_references() -> None:
+    params = check_params(presets.merged("rivals", raw()), "rivals")
+    methods = {name: block.model_dump(mode="json") for name, block in params.methods.items()}
+    assert {name: kind_of(methods[name]) for name in params.grid.methods} == {
+        **{name: name for name in ("fft", "molf", "molf-e", "dora", "pissa", "loraplus", "selected")},
+        **dict.fromkeys(("lora", "lora-classic", "rslora"), "lora"),
+    }
+    plain = methods["lora-classic"]
+    changes = {
+        name: {key for key, value in methods[name].items() if value != plain[key]}
+        for name in ("rslora", "dora", "pissa", "loraplus")
+    }
+    assert changes == {
+        "rslora": {"use_rslora", "lora_alpha"},
+        "dora": {"use_dora", "lora_alpha"},
+        "pissa": {"init_lora_weights", "weight_decay"},
+        "loraplus": {"loraplus_lr_ratio", "learning_rate"},
+    }
+    assert kind_of({"kind": "lora", "use_dora": True, "loraplus_lr_ratio": 4.0}) == "dora-loraplus"
 
 
 def test_presets_give_every_task_the_budget_that_they_mean() -> None:

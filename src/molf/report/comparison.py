@@ -13,7 +13,7 @@ from molf.config import Compare, Params
 from molf.errors import UserError
 from molf.paths import BASE_METHOD, Cell
 from molf.report import statistics
-from molf.report.controls import control
+from molf.report.controls import control, kind_of
 from molf.report.lacking import Lack
 from molf.report.results import PAPER_SCORES, Loaded, load, provenance
 from molf.report.statistics import Combine, Interval, Scores
@@ -71,7 +71,7 @@ def _lack(params: Params, cell: Cell, lack: Lack) -> dict[str, Any]:
     block: dict[str, Any] = {"kind": BASE_METHOD}
     if cell.method != BASE_METHOD:
         block = params.methods[cell.method].model_dump(mode="json")
-    made = {"method_kind": block["kind"], "control": control(block)}
+    made = {"method_kind": kind_of(block), "control": control(block)}
     return {"cell": cell.name, **vars(cell), **made, "kind": str(lack.kind), "reason": lack.reason}
 
 
@@ -199,7 +199,7 @@ def _group(
     by_seed = {method: row for method, row in there.items() if row}
     methods, cells = list(by_seed), {method: list(row.values()) for method, row in by_seed.items()}
     every = [found for found_of in cells.values() for found in found_of]
-    kinds = {method: params.methods[method].kind for method in methods}
+    kinds = {method: kind_of(params.methods[method].model_dump(mode="json")) for method in methods}
     scorer = TASKS[params.tasks[task].kind]
     # The untrained model has one seed, which stands beside each of the others'.
     rows = [*by_seed.values(), dict.fromkeys(seeds, base)]

@@ -1,4 +1,4 @@
-"""Methods that stand in a comparison to be held against MoLF and are not MoLF: controls and ablations, in words."""
+"""What methods are in a comparison: controls and ablations of MoLF, which are not MoLF, and LoRA's relatives."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +34,22 @@ def control(block: Mapping[str, Any]) -> dict[str, str] | None:
         return {"kind": "control", "words": "all experts win in every step"}
     scope = SCOPES.get(block.get("score_per", "module"))
     return {"kind": "ablation", "words": scope} if scope else None
+
+
+def kind_of(block: Mapping[str, Any]) -> str:
+    """A method's kind in a comparison: LoRA's relatives that are more than a rank and a scale are kinds of their own.
+
+    So MoLF is held against plain LoRA, as its paper has it, and not against all of them at once.
+
+    Args:
+        block: As `control`'s.
+    """
+    of = {
+        "dora": block.get("use_dora", False),
+        "pissa": block.get("init_lora_weights") == "pissa",
+        "loraplus": block.get("loraplus_lr_ratio", 1) != 1,
+    }
+    return "-".join(name for name, holds in of.items() if holds) or str(block["kind"])
 
 
 def is_control(method: Mapping[str, Any]) -> bool:
