@@ -60,9 +60,10 @@ def test_what_prefect_yaml_says_and_serve_would_leave_out_is_refused(
 def test_the_form_offers_the_blocks_and_presets_and_tells_what_each_field_is() -> None:
     schema = parameter_schema(compare_methods).model_dump()
     fields = schema["properties"]
-    assert fields["methods"]["items"]["enum"] == ["fft", "lora", "molf", "molf-e"]
+    methods = fields["methods"]["items"]["enum"]
+    assert methods[:4] == ["fft", "lora", "molf", "molf-e"] and {"dora", "pissa", "molf-random"} <= set(methods)
     assert fields["models"]["type"] == "array" and {"tiny", "gemma3-270m"} <= set(fields["models"]["items"]["enum"])
-    assert {"type": "string", "enum": ["tiny", "gemma", "paper"]} in fields["preset"]["anyOf"]
+    assert {"type": "string", "enum": ["tiny", "gemma", "paper", "rivals"]} in fields["preset"]["anyOf"]
     assert fields["seeds"]["items"]["type"] == "integer" and fields["push"]["type"] == "boolean"
     assert all(field["description"].strip() for field in fields.values())
     assert not schema["required"]
