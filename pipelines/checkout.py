@@ -112,6 +112,15 @@ def snapshot(root: Path, parent: str, message: str, ref: str) -> str:
     return commit
 
 
+def start(root: Path, key: str) -> str:
+    """The commit that cells of a run are made from: all files as they are, after the run's earlier such commit."""
+    try:
+        parent = git(root, "rev-parse", "--verify", "--quiet", start_ref(key))
+    except GitFailed:  # the first
+        parent = git(root, "rev-parse", "HEAD")
+    return snapshot(root, parent, f"What the cells of flow run {key} are made from", start_ref(key))
+
+
 def author(root: Path) -> dict[str, str]:
     """Environment in which git can commit: the user's name where git knows it."""
     try:
@@ -206,11 +215,14 @@ def cell_worktree(checkout: Path, commit: str, job: Job) -> Place:
 
 
 def narrow(path: Path, job: Job) -> None:
-    """Leaves a params.yaml the one cell; of a list of the grid that the cell does not name, the first value."""
+    """Leaves a params.yaml the one cell; of a list of the grid that the cell does not name, the first value.
+
+    Factors of learning rates all stay: one alone is no sweep.
+    """
     params = read_yaml(path)
     blocks = {block for block, _, _ in job.narrowed}
-    lists = {f"{block}.{key}": values[:1] for block in blocks for key, values in params[block].items()}
-    edit(path, lists | {f"{block}.{key}": [value] for block, key, value in job.narrowed})
+    lists = {f"{block}.{key}": values[:1] for block in blocks for key, values in params[block].items() if key != "tune"}
+    edit(path, lists | {f"{block}.{key}": [value] for block, key, value in job.narrowed if key != "tune"})
 
 
 def narrow_lock(root: Path, job: Job) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.config import PARAMS, read_yaml
+from molf.paths import read_json
 from pipelines.checkout import Place
 from pipelines.commands import stream
 from pipelines.graph import Job
@@ -79,6 +80,7 @@ class Traffic:
     """The DVC project in the current folder, and its default remote."""
 
     def __init__(self) -> None:
+        from dvc.dependency import ParamsDependency
         from dvc.repo import Repo
         from dvc.stage import PipelineStage
 
@@ -87,17 +89,27 @@ class Traffic:
         self.files_odb = self.repo.cloud.get_remote_odb(None, "fetch", hash_name="md5")
         self.stages = {stage.name: stage for stage in self.repo.index.stages if isinstance(stage, PipelineStage)}
         self.made = {out.def_path: out for stage in self.stages.values() for out in stage.outs}
+        self.of_values = ParamsDependency  # the kind of dependency that is on values of a file
         self.files: dict[str, Any] = {}  # dependencies that no stage makes, hashed
         self.hashing = threading.Lock()
         self.lock_path = Path(self.repo.root_dir, "dvc.lock")
         self.lock: Mapping[str, Any] = read_yaml(self.lock_path).get("stages", {}) if self.lock_path.exists() else {}
         self.params = read_yaml(Path(self.repo.root_dir, PARAMS))
 
-    def needed(self, stages: Sequence[str]) -> list[str]:
-        """Outputs of stages outside the cell that the cell depends on."""
+    def needed(self, stages: Sequence[str], looked_into: bool = False) -> list[str]:
+        """Outputs of stages outside the cell that the cell depends on.
+
+        Args:
+            stages: The cell's.
+            looked_into: Only those of which it depends on a part: a file of a folder, or values of a file.
+        """
         loaded = [self.stages[name] for name in stages]
         own = {out.def_path for stage in loaded for out in stage.outs}
-        found = {dep.def_path for stage in loaded for dep in stage.deps}
+        found = set()
+        for dep in (dep for stage in loaded for dep in stage.deps):
+            whole = dep.def_path in self.made and not isinstance(dep, self.of_values)
+            if not (whole and looked_into):
+                found |= {str(path) for path in (Path(dep.def_path), *Path(dep.def_path).parents)}
         return sorted(path for path in found if path in self.made and path not in own)
 
     def chain(self, stages: Sequence[str], kept: Iterable[str]) -> dict[str, Any]:
@@ -105,15 +117,15 @@ class Traffic:
         return self._chain(list(stages), set(kept), {})
 
     def _chain(self, stages: list[str], kept: set[str], made: Mapping[str, Any]) -> dict[str, Any]:
-        from dvc.dependency import ParamsDependency
-
         if not stages:
             return {}
         name, *later = stages
         stage = self.stages[name]
         for dep in stage.deps:
-            if isinstance(dep, ParamsDependency):
-                dep.fill_values({key: _value(self.params, key) for key in dep.params})
+            if isinstance(dep, self.of_values):
+                file = Path(self.repo.root_dir, dep.def_path)
+                values = self.params if dep.def_path == str(PARAMS) else read_json(file)
+                dep.fill_values({key: _value(values, key) for key in dep.params})
             else:
                 like = made.get(dep.def_path) or self.made.get(dep.def_path) or self._file(dep)
                 dep.meta, dep.hash_name, dep.hash_info = like.meta, like.hash_name, like.hash_info
@@ -215,6 +227,7 @@ def _find(traffic: Traffic, jobs: Sequence[Sequence[str]], kept: Sequence[str]) 
 def _take(traffic: Traffic, stages: Sequence[str]) -> list[str]:
     from dvc.exceptions import DvcException
 
+    traffic.pull(traffic.needed(stages, looked_into=True))  # whose parts tell which entries are the cell's
     found = list(_find(traffic, [stages], stages))
     if len(found) == len(stages):
         return found

@@ -35,7 +35,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from molf.config import PARAMS, SOURCES_LOCK, Params, load_params, read_yaml
 from molf.errors import UserError
-from molf.paths import RESULTS, Cell
+from molf.paths import RESULTS, SWEEPS
 from molf.report import lacking as lacking_cells
 from molf.report.lacking import Kind, Lack
 from pipelines import blocks, checkout, graph, locks, pool, publish, runs, versions
@@ -155,15 +155,25 @@ def _compare(
     stages = graph.read(place.root, run("dvc", "dag", "--dot", "compare", quiet=True))
     slots = Slots(place.flow / "slots", tuple(locks.gpus()), settings.flow.cpu_slots)
     failed = _before(place, stages, logs, slots, settings.flow.retries)
-    done, lacking = _cells(place, key, stages, settings, slots, logs, failed)
 
-    if done and settings.flow.pool is not None:  # dvc.lock has them; weights stay in the remote
-        bring(place, done, RESULTS)
-        run(sys.executable, "-m", "pipelines.restore", "--allow-missing", *done)
-    elif done:  # brings them from the run cache, and their hashes into dvc.lock
-        run(sys.executable, "-m", "pipelines.restore", *done)
-    for cell_lacking in lacking:  # what an earlier configuration left of it
-        shutil.rmtree(place.root / cell_lacking.results, ignore_errors=True)
+    def bring_up(jobs: Sequence[Job], what: str, below: Path, lost: Mapping[Job, Lack]) -> dict[Job, Lack]:
+        """Runs jobs and brings their results here; those that earlier ones lack, or stages before, lack too."""
+        done, failures = _jobs(place, key, jobs, what, stages, settings, slots, logs, failed, lost)
+        if done and settings.flow.pool is not None:  # dvc.lock has them; weights stay in the remote
+            bring(place, done, below)
+            run(sys.executable, "-m", "pipelines.restore", "--allow-missing", *done)
+        elif done:  # brings them from the run cache, and their hashes into dvc.lock
+            run(sys.executable, "-m", "pipelines.restore", *done)
+        for job in failures:  # what an earlier configuration left of it
+            shutil.rmtree(place.root / job.results, ignore_errors=True)
+        return failures
+
+    lost: dict[Job, Lack] = {}
+    if stages.trials:
+        lost = bring_up(stages.trials, "trainings of sweeps", SWEEPS, {})
+        for stage in stages.choose:  # also where trials lack: other methods' are there
+            failed |= _bring_before(place, stage, logs, slots, settings.flow.retries)
+    lacking = {job.cell: lack for job, lack in bring_up(stages.jobs, "cells", RESULTS, lost).items()}
     lacking_cells.write(lacking, place.root)
     for stage in stages.after:
         run("dvc", "repro", "--single-item", stage)
@@ -206,25 +216,27 @@ def _compare(
 
 def _before(place: Place, stages: Graph, logs: Path, slots: Slots, retries: int) -> dict[str, str]:
     """Brings data and base models up to date; returns the stages that failed or need one that did, with the reason."""
-    log = get_run_logger()
     failed: dict[str, str] = {}
     for stage in stages.before:
         reason = next((failed[name] for name in sorted(stages.needs[stage]) if name in failed), None)
-        if reason is None and stage.endswith(".dvc") and place.root != place.home:
+        if reason is not None:
+            failed[stage] = reason
+        elif stage.endswith(".dvc") and place.root != place.home:
             if reason := _added(place, stage):
                 failed[stage] = reason
-            continue
-        if reason is None:
-            waiting = partial(log.info, f"another run is at {stage}; waits for it")
-            with locks.lock(place.flow / "locks" / stage, waiting) as held:
-                done = reproduce.with_options(retries=retries)(
-                    stage, place, logs / f"{stage}.log", slots, 1, [held], {}, return_state=True
-                )
-            if done.is_completed():
-                continue
-            reason = f"{stage} failed: {_lack(done).reason}"
-        failed[stage] = reason
+        else:
+            failed |= _bring_before(place, stage, logs, slots, retries)
     return failed
+
+
+def _bring_before(place: Place, stage: str, logs: Path, slots: Slots, retries: int) -> dict[str, str]:
+    """Brings a stage up to date that cells need; returns it with the reason if it failed."""
+    waiting = partial(get_run_logger().info, f"another run is at {stage}; waits for it")
+    with locks.lock(place.flow / "locks" / stage, waiting) as held:
+        done = reproduce.with_options(retries=retries)(
+            stage, place, logs / f"{stage}.log", slots, 1, [held], {}, return_state=True
+        )
+    return {} if done.is_completed() else {stage: f"{stage} failed: {_lack(done).reason}"}
 
 
 def _added(place: Place, stage: str) -> str | None:
@@ -264,44 +276,53 @@ def _worktree(home: Path, key: str) -> Place:
     return checkout.run_worktree(home, key)
 
 
-def _cells(
+def _jobs(
     place: Place,
     key: str,
+    jobs: Sequence[Job],
+    what: str,
     stages: Graph,
     settings: Params,
     slots: Slots,
     logs: Path,
     failed: Mapping[str, str],
-) -> tuple[list[str], dict[Cell, Lack]]:
-    """Runs the cells that are not up to date, as many side by side as there are slots.
+    lost: Mapping[Job, Lack],
+) -> tuple[list[str], dict[Job, Lack]]:
+    """Runs the jobs that are not up to date, as many side by side as there are slots.
+
+    Args:
+        what: They are, for messages.
+        failed: Stages before them that failed, with the reason.
+        lost: Trials that failed; a job that needs one lacks as well.
 
     Returns:
-        The stages that are up to date now and were not before, and the cells that failed, with the reason.
+        The stages that are up to date now and were not before, and the jobs that failed, with the reason.
     """
     log = get_run_logger()
-    lacking: dict[Cell, Lack] = {}
+    lacking: dict[Job, Lack] = {}
     stale = []
-    old = _stale(place, stages)
-    for job in stages.jobs:
-        reason = next((failed[name] for name in sorted(_needed(job, stages)) if name in failed), None)
-        if reason is not None:
-            lacking[job.cell] = Lack(Kind.BEFORE, reason)
+    old = _stale(place, jobs)
+    for job in jobs:
+        needed = _needed(job, stages)
+        reasons = [failed[name] for name in sorted(needed) if name in failed]
+        reasons += [
+            f"{trial.stages[0]} failed: {lack.reason}"
+            for trial, lack in lost.items()
+            if not needed.isdisjoint(stages.choose) and job.of_method(trial)
+        ]
+        if reasons:
+            lacking[job] = Lack(Kind.BEFORE, reasons[0])
         elif not old.isdisjoint(job.stages):
             stale.append(job)
     where = f"{slots.count} side by side" if settings.flow.pool is None else f"by the pool {settings.flow.pool}"
-    log.info(f"{len(stages.jobs)} cells: {len(stale)} to bring up to date, {where}")
+    log.info(f"{len(jobs)} {what}: {len(stale)} to bring up to date, {where}")
     if not stale:
         return [], lacking
     gpus = {job: _gpus(job, settings) for job in stale}
-    commit = checkout.snapshot(
-        place.root,
-        git(place.root, "rev-parse", "HEAD"),
-        f"What the cells of flow run {key} are made from",
-        checkout.start_ref(key),
-    )
+    commit = checkout.start(place.root, key)
     if settings.flow.pool is not None:
         failures = _in_pool(place, key, commit, gpus, old, settings)
-        lacking |= {job.cell: lack for job, lack in failures.items()}
+        lacking |= failures
         return [stage for job in stale if job not in failures for stage in job.stages], lacking
     for count in gpus.values():
         slots.check(count)
@@ -317,8 +338,8 @@ def _cells(
         if future.state.is_completed():
             done += job.stages
         else:
-            lacking[job.cell] = _lack(future.state)
-            log.error(f"{job.cell.name} failed: {lacking[job.cell].reason}")
+            lacking[job] = _lack(future.state)
+            log.error(f"{job.name} failed: {lacking[job].reason}")
     return done, lacking
 
 
@@ -352,8 +373,8 @@ def _in_pool(
     )
 
 
-def _stale(place: Place, stages: Graph) -> set[str]:
-    """Stages of cells that DVC would run."""
+def _stale(place: Place, jobs: Sequence[Job]) -> set[str]:
+    """Their stages that DVC would run."""
     said: list[str] = []
     environment = place.environment()
     try:
@@ -362,7 +383,7 @@ def _stale(place: Place, stages: Graph) -> set[str]:
         get_run_logger().warning(f"some results stay as they lie here: {error.reason}")
     # Without names, for DVC's time grows with their number times that of all stages.
     answer = stream(["dvc", "status", "--json"], place.root, lambda line: None, environment)
-    return set(json.loads(answer.splitlines()[-1])).intersection(name for job in stages.jobs for name in job.stages)
+    return set(json.loads(answer.splitlines()[-1])).intersection(name for job in jobs for name in job.stages)
 
 
 def _needed(job: Job, stages: Graph) -> set[str]:

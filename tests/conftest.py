@@ -21,7 +21,7 @@ QUIET = {**PRIVATE, "HF_HUB_OFFLINE": "1"}
 
 # A grid of two cells that takes a minute: what it learns does not matter.
 SMALL: dict[str, Any] = {
-    "grid": {"models": ["tiny"], "tasks": ["fact"], "methods": ["fft", "lora"], "seeds": [0]},
+    "grid": {"models": ["tiny"], "tasks": ["fact"], "methods": ["fft", "lora"], "seeds": [0], "tune": []},
     "models.tiny.layers": 1,
     "models.tiny.width": 32,
     "models.tiny.heads": 2,

@@ -85,8 +85,22 @@ def test_what_does_not_fit_and_what_is_not_known_is_said() -> None:
     assert "m/t/fft/seed-0 needs 9.00 GB of memory, 8.00 GB are free; lower training.batch_size" in text
     assert "the grid has 7.00 GB to write at most, 4.00 GB of disk are free" in text  # the base is there
     assert "not known: lora: why" in text and "first: dvc repro x" in text
-    assert forecast.totals(found) == {"memory": 9e9, "disk": 3e9, "passing": 5e9, "to_write": 7e9, "seconds": None}
+    assert forecast.totals(found) == {
+        **{"memory": 9e9, "disk": 3e9, "passing": 5e9, "to_write": 7e9},
+        **{"seconds": None, "sweep_seconds": 0},
+    }
     assert json.loads(json.dumps(forecast.plain(found)))["cells"][0]["seconds"] == 90
+
+
+def test_a_sweep_is_counted_once_for_all_seeds_of_a_method() -> None:
+    cells = [Cell("m", "t", method, seed) for method in ("fft", "lora") for seed in (0, 1)]
+    needs = [Need(cell, seconds=60, trial_seconds=30 if cell.method == "fft" else 50) for cell in cells]
+    found = Forecast(needs, 0, 0, None, int(4e9), cuda=False, trials=6)
+    assert forecast.totals(found)["sweep_seconds"] == 3 * (30 + 50) and forecast.totals(found)["seconds"] == 240
+    assert "before them the sweeps of grid.tune: 6 trainings, 4 min" in forecast.table(found)
+    assert forecast.plain(found)["trials"] == 6
+    needs[2].trial_seconds = needs[3].trial_seconds = None  # of lora nothing is known
+    assert "6 trainings, ?" in forecast.table(found)
 
 
 def test_without_base_and_data_it_says_memory_and_what_to_run(

@@ -12,12 +12,12 @@ import pytest
 from molf import models, tracking
 from molf.config import read_yaml
 from molf.errors import main
-from molf.stages import base, compare, evaluate, fetch, general, prepare, train
+from molf.stages import base, choose, compare, evaluate, fetch, general, prepare, sweep, train
 from tests.conftest import ROOT
 
 METHODS = ("fft", "lora", "molf", "molf-e")
 STAGES = {"fetch": fetch, "prepare": prepare, "base": base, "general": general, "train": train, "evaluate": evaluate}
-STAGES |= {"compare": compare}
+STAGES |= {"sweep": sweep, "choose": choose, "compare": compare}
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -66,6 +66,7 @@ def make(
     """
     data = read_yaml(ROOT / "params.yaml")
     data["grid"] = {"models": ["tiny"], "tasks": ["fact"], "methods": list(blocks or METHODS), "seeds": [0]}
+    data["grid"]["tune"] = []
     data["models"] = {"tiny": {"kind": "path", "path": str(model)}}
     task = data["tasks"]["fact"]
     task["source"] = {"kind": "file", "path": "rows.jsonl"}

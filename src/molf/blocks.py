@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 SHA = re.compile(r"[0-9a-f]{40}")
 
@@ -21,6 +21,16 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _factor(value: Any) -> Any:
+    """As it was written: 1 and 1.0 are one number, but two names of stages and folders."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-4 <= value <= 1e4:
+        raise ValueError(f"{value!r} is no factor of a learning rate; allowed: numbers from 0.0001 to 10000")
+    return value
+
+
+Factor = Annotated[float, PlainValidator(_factor)]
+
+
 # --- grid ----------------------------------------------------------------------------------------------------------
 
 
@@ -31,6 +41,8 @@ class Grid(Block):
     tasks: Annotated[list[str], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    # Of every method's learning rates, alike for all; the best on validation rows is taken. Empty: rates as they stand.
+    tune: list[Factor]
 
     @model_validator(mode="after")
     def _no_repeats(self) -> "Grid":
@@ -38,6 +50,11 @@ class Grid(Block):
             repeated = sorted({str(value) for value in values if values.count(value) > 1})
             if repeated:
                 raise ValueError(f"{axis} repeats {', '.join(repeated)}; each may stand once")
+        if len(self.tune) == 1:
+            raise ValueError(
+                f"tune holds {self.tune[0]} alone, which leaves nothing to choose; write two factors or more, such as "
+                "[0.3, 1.0, 3.0], or [] for rates as they stand in the methods' blocks"
+            )
         return self
 
 

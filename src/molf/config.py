@@ -29,7 +29,7 @@ from molf.blocks import (
 )
 from molf.errors import UserError
 from molf.method_blocks import MethodBlock
-from molf.paths import BASE_METHOD, Cell
+from molf.paths import BASE_METHOD, RATES, Cell, Trial, read_json
 from molf.problems import credentials, cross_checks, sentence
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ PARAMS = Path("params.yaml")
 SOURCES_LOCK = Path("sources.lock")
 # A name becomes part of a folder, of a DVC stage and of a Prefect key: the intersection of what these allow.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+TRIAL_SEED = 0  # of every training of a sweep: the same start and order for each method and factor
 
 
 class Training(Block):
@@ -173,6 +174,20 @@ class Params(Block):
             for seed in self.grid.seeds
         ]
 
+    def trial_rows(self, task: str) -> str:
+        """The split that a sweep's trainings see: of facts, which are scored on those trained, others than a cell's."""
+        return "validation" if self.tasks[task].kind == "fact" else "train"
+
+    def trials(self) -> list[Trial]:
+        """The trainings of the grid's sweeps, in the order of its lists; none where `grid.tune` is empty."""
+        return [
+            Trial(model, task, method, factor)
+            for model in self.grid.models
+            for task in self.grid.tasks
+            for method in self.grid.methods
+            for factor in self.grid.tune
+        ]
+
 
 def load_params(path: str | Path = PARAMS) -> Params:
     """Reads and checks params.yaml.
@@ -256,17 +271,71 @@ def _unshared(params: Params) -> Iterator[str]:
             )
 
 
-def cell_config(params: Params, cell: Cell) -> dict[str, Any]:
-    """What params.yaml says of a cell's training, as plain data, kept in its `run.json`.
+def chosen_factor(params: Params, cell: Cell, root: Path = Path()) -> float:
+    """By what a cell's learning rates are multiplied: what its sweep chose; 1 where there is none.
+
+    Args:
+        params: Their grid says whether there is a sweep.
+        cell: Of the grid; any other has no sweep.
+        root: Project folder, with results/rates.json.
+
+    Raises:
+        UserError: The sweep has not run, or chose nothing.
+    """
+    grid = params.grid
+    if not grid.tune or any(
+        (cell.model not in grid.models, cell.task not in grid.tasks, cell.method not in grid.methods)
+    ):
+        return 1.0
+    key = (cell.model, cell.task, cell.method)
+    try:
+        found = read_json(root / RATES)
+        factor = found["chosen"][cell.model][cell.task][cell.method]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{RATES} has no learning rate for {'/'.join(key)}, and grid.tune asks for a sweep: `dvc repro choose` "
+            "runs it, `dvc pull choose` brings a teammate's"
+        ) from None
+    if factor is None:
+        why = next(of["why"] for of in found["sweeps"] if (of["model"], of["task"], of["method"]) == key)
+        raise UserError(f"{'/'.join(key)}: its sweep chose no learning rate: {why}")
+    return float(factor)
+
+
+def method_block(params: Params, cell: Cell, root: Path = Path()) -> MethodBlock:
+    """A cell's method with the learning rates that it is trained at.
+
+    Raises:
+        UserError: As `chosen_factor`.
+    """
+    return params.methods[cell.method].at_factor(chosen_factor(params, cell, root))
+
+
+def cell_config(params: Params, cell: Cell, root: Path = Path()) -> dict[str, Any]:
+    """What params.yaml, and a sweep, say of a cell's training, as plain data, kept in its `run.json`.
 
     Just what DVC watches for the `train` stage. Data and model enter a fingerprint by their hashes instead, since
     another block may well make the same bytes.
+
+    Args:
+        params: All of params.yaml.
+        cell: One of its grid.
+        root: Project folder, where the sweeps' choices lie.
+
+    Raises:
+        UserError: As `chosen_factor`.
     """
-    return {
-        "method": params.methods[cell.method].model_dump(mode="json"),
-        "training": params.training_for(cell.task).model_dump(mode="json"),
-        "seed": cell.seed,
-    }
+    return _config(params, method_block(params, cell, root), cell.task, cell.seed)
+
+
+def trial_config(params: Params, trial: Trial) -> dict[str, Any]:
+    """What params.yaml says of a sweep's training, as `cell_config` of a cell's."""
+    return _config(params, params.methods[trial.method].at_factor(trial.factor), trial.task, TRIAL_SEED)
+
+
+def _config(params: Params, block: MethodBlock, task: str, seed: int) -> dict[str, Any]:
+    training = params.training_for(task)
+    return {"method": block.model_dump(mode="json"), "training": training.model_dump(mode="json"), "seed": seed}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -25,6 +25,10 @@ class RunError(Exception):
     """A run that was set up correctly and failed all the same (a loss of NaN, a full disk): exit code 1."""
 
 
+class Diverged(RunError):
+    """A training whose loss, gradients or answers are no numbers any more: its learning rate may be too high."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and did so in good order; its message says how to go on. Exit code 1."""
 

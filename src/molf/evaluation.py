@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from molf.encoding import Chat, Messages, encode_completion, encode_prompt, left_pad
-from molf.errors import RunError, UserError
+from molf.errors import Diverged, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ class LanguageModel:
         progress: Whether long calls show a bar.
 
     Raises:
-        RunError: From every method: the model's logits are no numbers.
+        Diverged: From every method: the model's logits are no numbers.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class LanguageModel:
         """Logits as they are; a broken model would else be scored like one that knows nothing."""
         # NaN is below nothing. A token that a model rules out may have minus infinity.
         if not bool((logits < math.inf).all()):
-            raise RunError(
+            raise Diverged(
                 f"the model's logits hold NaN or infinity: its weights are broken, or {self.model.dtype} is too narrow "
                 "for them; look at its training's loss, and at `training.dtype`"
             )

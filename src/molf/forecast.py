@@ -66,6 +66,7 @@ class Need:
     passing_there: int = 0  # of `passing`
     steps: int | None = None
     seconds: float | None = None  # of training
+    trial_seconds: float | None = None  # of each training of its method's sweep
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Forecast:
     memory_free: int | None
     disk_free: int
     cuda: bool
+    trials: int = 0  # trainings of the sweeps, in the cells' memory
     evaluation: float | None = None  # seconds of all cells' evaluations, from earlier results
     unknown: list[str] = field(default_factory=list)
     run_first: list[str] = field(default_factory=list)
@@ -160,10 +162,17 @@ def table(result: Forecast) -> str:
         f"{len(result.needs)} cells one after another: {span(numbers['seconds'])} of training, "
         f"{span(result.evaluation)} of evaluation; {gigabytes(numbers['disk'])} on disk with the base models, "
         f"{gigabytes(numbers['passing'])} more while a cell trains; largest memory {gigabytes(numbers['memory'])}",
+        *_of_sweeps(result, numbers),
         f"free here: {gigabytes(result.memory_free)} of {'GPU ' if result.cuda else ''}memory, "
         f"{gigabytes(result.disk_free)} of disk",
     ]
     return "\n".join([*lines, *(f"  WARNING: {text}" for text in misfits(result)), *notes(result)])
+
+
+def _of_sweeps(result: Forecast, numbers: dict[str, Any]) -> list[str]:
+    if not result.trials:
+        return []
+    return [f"before them the sweeps of grid.tune: {result.trials} trainings, {span(numbers['sweep_seconds'])}"]
 
 
 def notes(result: Forecast) -> list[str]:
@@ -180,9 +189,12 @@ def totals(result: Forecast) -> dict[str, Any]:
     """What all cells need together, in bytes and seconds; None is not known.
 
     memory: of the largest; disk: what all leave, with the base models; passing: beside it; to_write: of both what does
-    not lie on the disk already; seconds.
+    not lie on the disk already; seconds; sweep_seconds of the sweeps' trainings.
     """
     needs = result.needs
+    # Seeds share their method's sweep.
+    of_methods = {(each.cell.model, each.cell.task, each.cell.method): each.trial_seconds for each in needs}
+    factors, each_trial = result.trials // max(1, len(of_methods)), list(of_methods.values())
     memory = [each.process * each.processes for each in needs if each.process is not None]
     seconds = [each.seconds for each in needs]
     return {
@@ -193,6 +205,9 @@ def totals(result: Forecast) -> dict[str, Any]:
         "to_write": sum(max(0, (each.kept or 0) - each.there) for each in needs)
         + max((max(0, (each.passing or 0) - each.passing_there) for each in needs), default=0),
         "seconds": None if None in seconds else sum(each for each in seconds if each is not None),
+        "sweep_seconds": None
+        if factors and None in each_trial
+        else factors * sum(each for each in each_trial if each is not None),
     }
 
 
@@ -230,11 +245,13 @@ def plain(result: Forecast) -> dict[str, Any]:
                 "disk_bytes_there": each.there + each.passing_there,
                 "steps": each.steps,
                 "seconds": each.seconds,
+                "trial_seconds": each.trial_seconds,
                 "phases": None if each.memory is None else each.memory.phases,
             }
             for each in result.needs
         ],
         "totals": totals(result),
+        "trials": result.trials,
         "evaluation_seconds": result.evaluation,
         "import_bytes": result.imports,
         "base_bytes": result.base,
@@ -277,9 +294,8 @@ def forecast(params: Params, timed_steps: int | None, watch: Callable[[list[Any]
 
     _import_as_a_cell_does(params)
     cuda = torch.cuda.is_available()
-    result = Forecast(
-        [], resident(), 0, machine.memory_free(), shutil.disk_usage(".").free, cuda, evaluation_seconds(params)
-    )
+    result = Forecast([], resident(), 0, machine.memory_free(), shutil.disk_usage(".").free, cuda, len(params.trials()))
+    result.evaluation = evaluation_seconds(params)
     configs: dict[str, PretrainedConfig | None] = {}
     for name in params.grid.models:
         configs[name] = architecture(name, params.models[name])
@@ -366,10 +382,13 @@ def _add_times(
         except UserError as error:
             result.unknown.append(f"time of {'/'.join(key)}: {error}")
             continue
+        model, task, _ = key
+        budget, known, split = params.training_for(task), lengths[model, task], params.trial_rows(task)
+        assert known is not None
+        tried = known if split == "train" else task_lengths(model, task, budget.max_length, split)
         for each in wanted[key]:
-            known = lengths[each.cell.model, each.cell.task]
-            assert known is not None
-            each.seconds = duration(params.training_for(each.cell.task), known, told)
+            each.seconds = duration(budget, known, told)
+            each.trial_seconds = duration(budget, tried, told) if tried and params.grid.tune else None
 
 
 def _once(messages: list[str], message: str) -> None:
@@ -408,13 +427,13 @@ def architecture(name: str, block: ModelBlock) -> "PretrainedConfig | None":
         raise UserError(f"models.{name}: {folder}/config.json is none that transformers reads: {error}") from None
 
 
-def task_lengths(model: str, task: str, max_length: int) -> Lengths | None:
-    """Of a task's training examples under a model's tokenizer; None while one of the two is not made yet."""
+def task_lengths(model: str, task: str, max_length: int, split: str = "train") -> Lengths | None:
+    """Of a split's examples under a model's tokenizer; None while one of the two is not made yet."""
     if not (built(model) and prepared(task)):
         return None
     from molf.models import load_tokenizer
 
-    frame = read_examples(PREPARED / task / "train.parquet")
+    frame = read_examples(PREPARED / task / f"{split}.parquet")
     rows = encode_examples(load_tokenizer(MODELS / model), frame, max_length).rows
     return Lengths(
         [len(row["prompt"]) + len(row["completion"]) for row in rows], [len(row["completion"]) for row in rows]

@@ -13,11 +13,24 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from molf import closure, errors, models, records, tracking
+from molf import closure, errors, models, records, tracking, tuning
 from molf.blocks import SPLITS
 from molf.config import PARAMS, Params, cell_config, evaluation_fingerprint, fingerprint, untrained_fingerprint
 from molf.errors import RunError, UserError, first_line
-from molf.paths import BASE_METHOD, GENERAL, MODELS, PREPARED, RAW, REPORTS, RESULTS, Cell, file_hash
+from molf.paths import (
+    BASE_METHOD,
+    GENERAL,
+    MODELS,
+    PREPARED,
+    RATES,
+    RAW,
+    REPORTS,
+    RESULTS,
+    SWEEPS,
+    Cell,
+    file_hash,
+    read_json,
+)
 from molf.report import quality
 
 UNNOTED = "not noted: an earlier molf made it; `dvc repro` makes it anew"
@@ -289,9 +302,28 @@ def _trained(cell: Cell, run: Mapping[str, Any], files: Mapping[str, str], param
     if cell.method not in params.methods or cell.task not in params.tasks:
         links.append(Link("params", value, str(PARAMS), State.AWAY, f"no block there for {cell.method} or {cell.task}"))
     else:
-        changes = _changes(run["config"], cell_config(params, cell))
+        try:
+            changes = _changes(run["config"], cell_config(params, cell))
+        except UserError as error:  # the sweep's choice is not here
+            return [*links, Link("params", value, str(PARAMS), State.UNCHECKED, str(error))]
         links.append(_compared("params", value, str(PARAMS), not changes, changes))
+        links += _rates(cell, params)
     return links
+
+
+def _rates(cell: Cell, params: Params) -> list[Link]:
+    """Whether the trials that are here choose the learning rates that the training took; of no sweep no link."""
+    of = (cell.model, cell.task, cell.method)
+    if not params.grid.tune:
+        return []
+    noted = next((s for s in read_json(RATES)["sweeps"] if (s["model"], s["task"], s["method"]) == of), None)
+    if noted is None:  # of a cell outside the grid
+        return []
+    told = f"factor {noted['chosen']:g} of {len(noted['trials'])}, by {noted['primary_name']} on validation rows"
+    now = tuning.sweep(params, of, Path())
+    if now["chosen"] is None:
+        return [_away("learning rates", told, SWEEPS / "/".join(of))]
+    return [_compared("learning rates", told, str(RATES), now == noted, "the trials here tell other numbers")]
 
 
 def _model(cell: Cell, model: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> Link:

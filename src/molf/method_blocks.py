@@ -1,6 +1,6 @@
 """The blocks that params.yaml may hold below `methods`, one class for each kind."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,15 @@ class MethodBase(Block):
     def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
         """How several processes cannot share a cell of it, each with the reason; what works is not in it."""
         return {}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Its learning rates by their keys, which are those that end so."""
+        return {name: value for name, value in self if name.endswith("learning_rate")}
+
+    def at_factor(self, factor: float) -> Self:
+        """The block with each learning rate times a factor, to 12 digits."""
+        rates = self.learning_rates() if factor != 1 else {}
+        return self.model_copy(update={name: float(f"{rate * factor:.12g}") for name, rate in rates.items()})
 
 
 class FftMethod(MethodBase):

@@ -19,13 +19,26 @@ CARDS = Path("data/cards")
 GENERAL = Path("data/general")
 MODELS = Path("models")
 WEIGHTS = Path("weights")
+SWEEPS = Path("sweeps")
 RESULTS = Path("results")
+RATES = RESULTS / "rates.json"  # what the sweeps chose
 REPORTS = Path("reports")
 SCRATCH = Path(".molf")  # of no stage: what DVC neither deletes nor keeps
 CHECKPOINTS = SCRATCH / "checkpoints"
 TRAINER = SCRATCH / "trainer"
 UNKEPT = SCRATCH / WEIGHTS  # weights that `training.keep` does not let stay
-OUTPUTS = (RAW, PREPARED, CARDS, GENERAL, MODELS, WEIGHTS, RESULTS, REPORTS, SCRATCH)  # what stages empty and fill
+OUTPUTS = (
+    RAW,
+    PREPARED,
+    CARDS,
+    GENERAL,
+    MODELS,
+    WEIGHTS,
+    SWEEPS,
+    RESULTS,
+    REPORTS,
+    SCRATCH,
+)  # what stages empty and fill
 
 # Nothing reports of its users, nor asks whether there is a newer version of it: of Prefect and MLflow, of DVC, of the
 # Hugging Face libraries. Prefect takes any truth for DO_NOT_TRACK, MLflow this one.
@@ -72,6 +85,29 @@ class Cell:
         """
         model, task, method, seed = name.split("/")
         return cls(model, task, method, int(seed.removeprefix("seed-")))
+
+
+@dataclass(frozen=True, order=True)
+class Trial:
+    """One training of a sweep: a model, a task, a method, and a factor of its learning rates."""
+
+    model: str
+    task: str
+    method: str
+    factor: float  # as params.yaml has it: 1 is named otherwise than 1.0
+
+    @property
+    def name(self) -> str:
+        """`MODEL/TASK/METHOD/factor-F`, the trial's folder below `sweeps`."""
+        return f"{self.model}/{self.task}/{self.method}/factor-{self.factor}"
+
+    @property
+    def results(self) -> Path:
+        return SWEEPS / self.name
+
+    @property
+    def record(self) -> Path:
+        return self.results / "trial.json"
 
 
 def remove_leftovers(but: Cell | None = None, root: Path = Path()) -> None:

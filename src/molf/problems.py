@@ -99,6 +99,8 @@ def sentence(problem: Any, prefix: str = "") -> str:
     match problem["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key; remove it or correct its spelling"
+        case "missing" if key == "grid.tune":  # which files of an earlier molf do not have
+            return f"{key}: missing; write tune: [] for no sweep of learning rates"
         case "missing":
             return f"{key}: missing; `molf preset tiny --dry-run` shows every key"
         case "union_tag_invalid":

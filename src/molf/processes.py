@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from molf.errors import RunError, UserError
+from molf.errors import Diverged, RunError, UserError
 
 NOTES = "MOLF_NOTES"  # names, in a started process, the folder where the first that fails leaves its reason
 FAILURE = "failure.json"
@@ -142,6 +142,8 @@ def _raise_failure(children: "list[subprocess.Popen[bytes]]", notes: Path, asked
             raise UserError(failure["problems"])
         case "KeyboardInterrupt":
             raise KeyboardInterrupt(*failure["problems"])
+        case "Diverged":
+            raise Diverged("\n".join(failure["problems"]))
         case "RunError":
             raise RunError("\n".join(failure["problems"]))
     for number, child in enumerate(children):
@@ -217,6 +219,8 @@ def _leave_note(error: BaseException) -> None:
         kind, problems = "UserError", error.problems
     elif isinstance(error, KeyboardInterrupt):
         kind, problems = "KeyboardInterrupt", list(map(str, error.args))
+    elif isinstance(error, Diverged):
+        kind, problems = "Diverged", [str(error)]
     elif isinstance(error, (RunError, OSError)):
         kind, problems = "RunError", [str(error)]
     else:

@@ -15,6 +15,7 @@ NEEDED = {
     "run.json": (*_PARTS, "config", "data.hash", "data.source", "model.hash", "model.name", "git_commit", "versions"),
     "summary.json": (),
     "comparison.json": ("groups", "cells"),
+    "trial.json": ("trial", "config", "primary_name", "score", "loss", "diverged"),
 }
 ABSENT = object()
 

@@ -37,7 +37,7 @@ from molf.batches import (
 )
 from molf.config import Training
 from molf.encoding import IGNORED
-from molf.errors import RunError, UserError
+from molf.errors import Diverged, RunError, UserError
 from molf.method_blocks import MethodBlock
 from molf.methods import METHODS, optional
 from molf.methods.sample import Sample, completion_loss
@@ -131,7 +131,7 @@ class CellTrainer(ResumableTrainer):
         if collective.anyone(int(not finite)):  # which all processes must say together
             loss = sum(collective.gathered(sum(losses))) / collective.world_size()
             rows = [name for names in collective.gathered(self.bad_rows(losses)) for name in names]
-            raise RunError(
+            raise Diverged(
                 f"step {self.state.global_step + 1}: loss {loss}, gradient norm {float(norm)}; the step was not "
                 f"made. Its rows: {', '.join(rows or self.step_rows())}. Look at them, or lower the learning rate"
             )
@@ -278,7 +278,8 @@ def train(
 
     Raises:
         UserError: No example fits in `max_length`.
-        RunError: The loss or the gradients are not finite, or the method did not do what it claims.
+        Diverged: The loss or the gradients are not finite.
+        RunError: The method did not do what it claims.
         Interrupted: After SIGINT or SIGTERM in its steps, with a checkpoint.
     """
     if training.processes != collective.world_size():

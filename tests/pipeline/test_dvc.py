@@ -18,6 +18,7 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
             "base@tiny",
             "general",
             "baseline@tiny-fact",
+            "choose",
             *(f"{stage}@{cell}" for stage in ("train", "evaluate") for cell in cells),
             "compare",
         ]
@@ -47,6 +48,6 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
 
     # A seed that leaves the grid changes the comparison, and trains nothing.
     project.edit({"grid.methods": ["fft"]})
-    assert project.repro("compare") == ["compare"]
+    assert project.repro("compare") == ["choose", "compare"]
     table = project.run("molf", "show")
     assert re.findall(r"^  (\w+) +\d\.\d{3} \[", table, flags=re.MULTILINE) == ["base", "fft"], table

@@ -31,7 +31,7 @@ DOT = """strict digraph {
 def small(tmp_path: Path) -> Path:
     """A folder with the shipped dvc.yaml and a grid of one cell."""
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
-    (tmp_path / "params.yaml").write_text("grid: {models: [m], tasks: [t], methods: [fft], seeds: [0]}\n")
+    (tmp_path / "params.yaml").write_text("grid: {models: [m], tasks: [t], methods: [fft], seeds: [0], tune: []}\n")
     return tmp_path
 
 
@@ -53,7 +53,8 @@ def test_stages_are_sorted_by_what_of_them_is_a_cells(small: Path) -> None:
 
 
 def test_names_with_hyphens_do_not_confuse_cells(small: Path) -> None:
-    (small / "params.yaml").write_text("grid: {models: [m, m-t], tasks: [t, t-t], methods: [molf-e], seeds: [0]}\n")
+    lists = "models: [m, m-t], tasks: [t, t-t], methods: [molf-e], seeds: [0], tune: []"
+    (small / "params.yaml").write_text(f"grid: {{{lists}}}\n")
     names = ["m-t-molf-e-0", "m-t-t-molf-e-0", "m-t-t-t-molf-e-0"]
     dot = "".join(f'"train@{name}";\n' for name in names)
     # `m` with `t-t` and `m-t` with `t` are one name for DVC itself, which refuses such a grid.

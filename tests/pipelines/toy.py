@@ -27,7 +27,7 @@ toy = pathlib.Path(os.environ["TOY"])
 with (toy / "ran.log").open("a") as file:
     shown = {key: os.environ.get(key) for key in ("MOLF_MICRO_BATCHES", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     print(json.dumps({"stage": name, "cwd": os.getcwd(), "time": time.time(), **shown}), file=file)
-order, mark = toy / name, os.environ.get("TOY_MARK", "")
+order, mark, told = toy / name, os.environ.get("TOY_MARK", ""), {}
 if order.exists():
     told = json.loads(order.read_text())
     if told.get("times", 1) > 0:
@@ -60,22 +60,31 @@ if name == "compare":
         "lacking": json.loads(lacking.read_text()) if lacking.exists() else {},
     }
     pathlib.Path("reports/comparison.json").write_text(json.dumps(comparison))
+elif name == "choose":
+    wanted = json.loads((toy / "choice.json").read_text()) if (toy / "choice.json").exists() else {}
+    chosen = {}
+    for path in pathlib.Path("sweeps").glob("*/*/*"):
+        model, task, method = path.parts[1:]
+        chosen.setdefault(model, {}).setdefault(task, {})[method] = wanted.get(method, 1.0)
+    pathlib.Path("results").mkdir(exist_ok=True)
+    pathlib.Path("results/rates.json").write_text(json.dumps({"chosen": chosen}))
 else:
     for path in map(pathlib.Path, made):
         path.mkdir(parents=True, exist_ok=True)
         (path / "made.txt").write_text(name + mark)
+        (path / "other.txt").write_text(told.get("other", ""))
 '''
 CELL = "${item.model}/${item.task}/${item.method}/seed-${item.seed}"
 AXES = {axis: f"${{grid.{axis}s}}" for axis in ("model", "task", "method", "seed")}
 
 
-def _stage(name: str, needs: list[str], makes: list[str], params: list[str], **more: Any) -> dict[str, Any]:
+def _stage(name: str, needs: list[str], makes: list[str], params: list[Any], **more: Any) -> dict[str, Any]:
     command = ["python", "stage.py", name, *needs, "--", *makes]
     return {**more, "cmd": " ".join(command), "deps": [*needs, "stage.py"], "params": params, "outs": makes}
 
 
-def graph() -> dict[str, Any]:
-    """The toy's dvc.yaml."""
+def graph(sweeps: bool = False) -> dict[str, Any]:
+    """The toy's dvc.yaml, with the stages of sweeps or without."""
     cell = "@${item.model}-${item.task}-${item.method}-${item.seed}"
     base = "results/${item.model}/${item.task}/base/seed-0/evaluation"
     data = ["models/${item.model}", "data/prepared/${item.task}"]
@@ -83,6 +92,15 @@ def graph() -> dict[str, Any]:
     compare = _stage("compare", ["results"], ["reports/report.html", "reports/comparison.csv"], ["grid", "compare"])
     compare["outs"].append("reports/figures")
     compare["metrics"] = ["reports/comparison.json"]
+    trial = "${item.model}-${item.task}-${item.method}-${item.factor}"
+    parts = ["models/${item.model}", "data/prepared/${item.task}/made.txt"]
+    tried = ["sweeps/${item.model}/${item.task}/${item.method}/factor-${item.factor}"]
+    axes = {axis: AXES[axis] for axis in ("model", "task", "method")} | {"factor": "${grid.tune}"}
+    chosen = {"results/rates.json": ["chosen.${item.model}.${item.task}.${item.method}"]}
+    tuned = {
+        "sweep": _stage(f"sweep@{trial}", parts, tried, ["methods.${item.method}"], matrix=axes),
+        "choose": _stage("choose", ["sweeps"], ["results/rates.json"], ["grid.tune", "grid.methods"]),
+    }
     return {
         "stages": {
             "prepare": {
@@ -97,7 +115,14 @@ def graph() -> dict[str, Any]:
                 ["evaluation"],
                 matrix={axis: AXES[axis] for axis in ("model", "task")},
             ),
-            "train": _stage(f"train{cell}", data, trained, ["training", "methods.${item.method}"], matrix=AXES),
+            **(tuned if sweeps else {}),
+            "train": _stage(
+                f"train{cell}",
+                data,
+                trained,
+                ["training", "methods.${item.method}", *([chosen] if sweeps else [])],
+                matrix=AXES,
+            ),
             "evaluate": _stage(
                 f"evaluate{cell}", [*data, *trained], [f"results/{CELL}/evaluation"], ["evaluation"], matrix=AXES
             ),
@@ -112,7 +137,7 @@ class Toy:
     Args:
         folder: Empty; gets `project`, `notes` and Prefect's home.
         server: Address of a Prefect server's API; without, each flow starts one of its own.
-        grid: Lists of params.yaml's grid that differ from one task and two methods.
+        grid: Lists of params.yaml's grid that differ from one task and two methods; of `tune`, also its stages.
     """
 
     def __init__(self, folder: Path, server: str | None = None, **grid: list[Any]) -> None:
@@ -126,7 +151,9 @@ class Toy:
         (self.root / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
         (self.root / "stage.py").write_text(STAGE)
         with (self.root / "dvc.yaml").open("w") as file:
-            YAML().dump(graph(), file)
+            YAML().dump(graph(sweeps="tune" in grid), file)
+        (self.root / "sweeps").mkdir()
+        (self.root / "sweeps/.gitignore").write_text((ROOT / "sweeps/.gitignore").read_text())
         grid = {"tasks": ["fact"], "methods": ["fft", "lora"], **grid}
         self.edit({f"grid.{axis}": values for axis, values in grid.items()})
         self.git("init", "--quiet", "--initial-branch", "main")
@@ -162,9 +189,26 @@ class Toy:
         """Changes params.yaml by dotted keys."""
         checkout.edit(self.root / "params.yaml", changes)
 
+    def repro(self) -> list[str]:
+        """`dvc repro` without a flow; returns the stages that ran, but for the comparison."""
+        done = subprocess.run(
+            ["dvc", "repro", "compare"],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [entry["stage"] for entry in self.ran() if entry["stage"] != "compare"]
+
+    def choose(self, **factors: float) -> None:
+        """Has the stage `choose` take a factor other than 1.0 for a method."""
+        (self.notes / "choice.json").write_text(json.dumps(factors))
+
     def tell(self, stage: str, **order: Any) -> None:
         """Tells a stage to misbehave `times` times: say=, sleep=, until= a file is there,
-        signal=, exit=; or to make something else: mark=."""
+        signal=, exit=; or to make something else: mark=, or other= in another file."""
         (self.notes / stage).write_text(json.dumps(order))
 
     def ran(self) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from molf.config import Params, cell_config, check_params, fingerprint, untrained_fingerprint
-from molf.paths import Cell, file_hash, write_json, write_parquet
+from molf import tuning
+from molf.config import Params, cell_config, check_params, fingerprint, trial_config, untrained_fingerprint
+from molf.paths import RATES, Cell, Trial, file_hash, write_json, write_parquet
 
 EXAMPLES = 40
 STEPS = 12
@@ -16,6 +17,8 @@ MODULES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.
 EXPERTS = {"molf": ["full", "lora_r8"], "molf-e": ["lora_r4", "lora_r8"]}
 # Right answers of 40 on sql, by method; fact's three components are shifted from these.
 RIGHT = {"base": 4, "fft": 30, "lora": 20, "molf": 32, "molf-e": 22}
+# Scores of a sweep's trials by rising factor: one best between others, one at the end, a tie, one that diverges.
+SWEPT = {"fft": (0.5, 0.7, 0.6), "lora": (0.4, 0.5, 0.6), "molf": (0.6, 0.8, 0.8), "molf-e": (0.5, 0.6, None)}
 HOSTILE = "<script>alert(1)</script>"
 TEXTS = 12  # general texts; a method's place in the grid is how many nats each of them got worse by
 
@@ -31,6 +34,7 @@ def raw_params(tasks: tuple[str, ...] = ("sql", "fact"), seeds: tuple[int, ...] 
             "tasks": list(tasks),
             "methods": ["fft", "lora", "molf", "molf-e"],
             "seeds": list(seeds),
+            "tune": [],
         },
         "models": {
             "tiny": {
@@ -133,11 +137,30 @@ def write_tree(root: Path, raw: dict[str, Any]) -> Params:
     """Writes params.yaml and every cell of its grid, the untrained model's included; returns the params."""
     params = check_params(raw, "params.yaml")
     (root / "params.yaml").write_text(json.dumps(raw))
+    for trial in params.trials():
+        scores = SWEPT[trial.method]
+        write_trial(root, params, trial, scores[min(sorted(params.grid.tune).index(trial.factor), len(scores) - 1)])
+    if params.grid.tune:
+        write_json(root / RATES, tuning.choose(params, root))
     for cell in params.cells():
         write_cell(root, params, cell)
     for task in params.grid.tasks:
         write_evaluation(root, Cell("tiny", task, "base", 0), task, untrained_fingerprint("hash-of-tiny"), params)
     return params
+
+
+def write_trial(root: Path, params: Params, trial: Trial, score: float | None, loss: float = 1.0) -> None:
+    """A sweep's training as its stage leaves it; without a score it diverged."""
+    record = {
+        "trial": vars(trial),
+        "config": trial_config(params, trial),
+        "primary_name": None if score is None else "execution_accuracy",
+        "score": score,
+        "loss": None if score is None else loss,
+        "diverged": "step 3: loss nan" if score is None else None,
+        **{"n": 60, "steps": 8, "train_seconds": 1.0, "seconds": 1.0, "fingerprint": "0" * 16},
+    }
+    write_json(root / trial.record, record)
 
 
 def write_cell(root: Path, params: Params, cell: Cell) -> None:
@@ -171,7 +194,7 @@ def write_cell(root: Path, params: Params, cell: Cell) -> None:
         write_parquet(train / "routing.parquet", record)
         share = record[record["counted"]].groupby("expert")["won"].mean().to_dict()
         routing = {"experts": experts, "share": share, "share_by_module": {}, "one_sided": False}
-    config = cell_config(params, cell)
+    config = cell_config(params, cell, root)
     key = fingerprint(config, cell.name)
     summary = {
         "cell": cell.name,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from molf import tuning
 from molf.config import Compare, Params
 from molf.errors import UserError
-from molf.paths import BASE_METHOD, Cell
+from molf.paths import BASE_METHOD, RATES, Cell, read_json
 from molf.report import statistics
 from molf.report.controls import control, kind_of
 from molf.report.lacking import Lack
@@ -39,9 +40,10 @@ def build(params: Params, root: Path) -> dict[str, Any]:
             does not fit its neighbours.
     """
     loaded, bases, absent = load(params, root)
+    sweeps = read_json(root / RATES)["sweeps"] if params.grid.tune else []
     lacking = [_lack(params, cell, lack) for cell, lack in absent.items()]
     groups = [
-        _group(params, model, task, loaded, base, [of for of in lacking if (of["model"], of["task"]) == (model, task)])
+        _group(params, model, task, loaded, base, *(_of(found, model, task) for found in (lacking, sweeps)))
         for (model, task), base in bases.items()
     ]
     tests = [test for group in groups for test in group["tests"]]
@@ -64,6 +66,10 @@ def build(params: Params, root: Path) -> dict[str, Any]:
         "cells": [provenance(cell, found) for cell, found in loaded.items()],
     }
     return {"sentence": sentence(comparison), **comparison}
+
+
+def _of(found: Sequence[Mapping[str, Any]], model: str, task: str) -> list[Mapping[str, Any]]:
+    return [of for of in found if (of["model"], of["task"]) == (model, task)]
 
 
 def _lack(params: Params, cell: Cell, lack: Lack) -> dict[str, Any]:
@@ -117,6 +123,8 @@ def flat(comparison: Mapping[str, Any]) -> pd.DataFrame:
             row |= {f"general_change_{key}": general[key] if general else None for key in ("mean", "low", "high")}
             for key in ("relative_change", "effective_rank", "intruders"):
                 row[f"weights_{key}"] = weights[key] if weights else None
+            for of in (of for of in group["sweeps"] if of["method"] == method["method"]):
+                row["learning_rate_factor"] = of["chosen"]
             row["costs_comparable"] = group["costs_comparable"]
             row["recommended"] = group["recommendation"]["method"] == method["method"]
             rows.append(row)
@@ -189,6 +197,7 @@ def _group(
     loaded: Mapping[Cell, Loaded],
     base: Loaded,
     lacking: Sequence[Mapping[str, Any]],
+    sweeps: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """One model and task: every method's numbers, their differences and the verdicts."""
     compare, seeds = params.compare, params.grid.seeds
@@ -219,6 +228,8 @@ def _group(
         }
         for i, method in enumerate(methods)
     ]
+    for m in tabled:
+        m["warnings"] += [text for of in sweeps if of["method"] == m["method"] for text in tuning.remarks(of)]
     reasons: dict[str, int] = {}
     for found in every:  # methods may differ (an answer that cannot be scored); the most is shown
         for reason, count in found["metrics"]["left_out"].items():
@@ -240,6 +251,7 @@ def _group(
             "general": {"loss": base["metrics"]["general"]["loss"]} if base["metrics"].get("general") else None,
         },
         "lacking": list(lacking),
+        "sweeps": list(sweeps),
         "methods": tabled,
         "differences": differences,
         "tests": _tests(by_seed, scorer.BINARY),

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from molf.paths import Cell
 from molf.report.controls import named, said
+from molf.report.rate_figures import rates_figure
 from molf.report.routing_figures import (
     expert_words,
     experts,
@@ -137,6 +138,14 @@ def _of_group(
         loss_figure(group, histories, looks),
         "Training loss, smoothed; faint as recorded. Methods saw the same batches in the same order.",
     )
+    if group["sweeps"]:
+        yield (
+            "rates",
+            rates_figure(group, _title(group, "learning rates tried"), looks),
+            "Each method's sweep: score on validation rows at each factor of its learning rates, the chosen one "
+            "filled. A cross at the bottom: the training diverged there. A line that still rises at its end wants a "
+            "wider sweep.",
+        )
     if routings:
         yield (
             "routing",

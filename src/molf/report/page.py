@@ -113,6 +113,7 @@ def _section(
         **group,
         "scores": sheets.scores(group),
         "costs": sheets.costs(group),
+        "rates": sheets.rates(group),
         "damage": sheets.damage(group),
         "more": sheets.more(group),
         "warnings": warnings(group),
@@ -170,8 +171,8 @@ def warnings(group: Mapping[str, Any]) -> list[str]:
 
 
 def tables(group: Mapping[str, Any]) -> list[Sheet]:
-    """A group's tables for a reader in a hurry: scores, costs, and forgetting where it was looked at."""
-    found = [sheets.scores(group, over_base=False), sheets.costs(group), sheets.damage(group)]
+    """A group's tables for a reader in a hurry: scores, costs, and forgetting and sweeps where there are any."""
+    found = [sheets.scores(group, over_base=False), sheets.costs(group), sheets.damage(group), sheets.rates(group)]
     return [sheet for sheet in found if sheet]
 
 

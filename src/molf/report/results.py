@@ -126,10 +126,13 @@ def _cell(params: Params, cell: Cell, root: Path, problems: list[str]) -> Loaded
         return None
     found = {"run": read_json(train / "run.json"), "summary": read_json(train / "summary.json")}
     found |= _evaluation(params, cell, root)
-    now, then = cell_config(params, cell), found["run"]["config"]
     wrong = []
-    if then != now:
-        wrong.append("trained with other params than params.yaml says: " + "; ".join(changes(then, now)))
+    try:
+        now, then = cell_config(params, cell, root), found["run"]["config"]
+        if then != now:
+            wrong.append("trained with other params than params.yaml says: " + "; ".join(changes(then, now)))
+    except UserError as error:
+        wrong += error.problems
     if found["summary"]["fingerprint"] != found["run"]["fingerprint"]:
         wrong.append("train/summary.json and train/run.json are of two trainings")
     if found["metrics"]["train_fingerprint"] != found["run"]["fingerprint"]:

@@ -106,6 +106,41 @@ def costs(group: Mapping[str, Any]) -> Sheet:
     return Sheet("Costs", [*header, "evaluation", "routed"], rows, note)
 
 
+def rates(group: Mapping[str, Any]) -> Sheet | None:
+    """Each method's sweep: what every factor of its learning rates scored on validation rows, and what was taken."""
+    sweeps = group.get("sweeps")  # a comparison of an earlier molf has none
+    if not sweeps:
+        return None
+    factors = sorted({trial["factor"] for of in sweeps for trial in of["trials"]})
+    rows: list[list[Item]] = []
+    for of in sweeps:
+        found = {trial["factor"]: trial for trial in of["trials"]}
+        row: list[Item] = [(of["method"], None)]
+        for factor in factors:
+            trial = found.get(factor)
+            row.append(UNKNOWN if trial is None else _tried(trial, factor == of["chosen"]))
+        taken = found.get(of["chosen"], {}).get("rates", {})
+        row.append((", ".join(f"{rate:g}" for rate in taken.values()) or "none", next(iter(taken.values()), None)))
+        seconds_of = [trial["train_seconds"] for trial in of["trials"] if trial["train_seconds"] is not None]
+        rows.append([*row, (seconds(sum(seconds_of)), sum(seconds_of))])
+    count_of = next((trial["n"] for of in sweeps for trial in of["trials"] if trial["n"] is not None), None)
+    note = (
+        f"Scores on {count_of} validation rows, of one training each, under one seed for all; a star marks the chosen "
+        "one. Of equal scores the lower loss on these rows decides, then the smaller rate. No test row was read."
+    )
+    reasons = [f"{of['method']}: nothing was chosen, for {of['why']}." for of in sweeps if of["chosen"] is None]
+    tied = [of["method"] for of in sweeps if of["tied"]]
+    said = [f"Decided among equal scores: {', '.join(tied)}."] if tied else []
+    header = ["method", *(f"rate x {factor:g}" for factor in factors), "chosen rate", "time of the sweep"]
+    return Sheet("Learning rates", header, rows, " ".join([note, *said, *reasons]))
+
+
+def _tried(trial: Mapping[str, Any], chosen: bool) -> Item:
+    if trial["score"] is None:
+        return "diverged", -1.0
+    return f"{trial['score']:.3f}" + " *" * chosen, trial["score"]
+
+
 def damage(group: Mapping[str, Any]) -> Sheet | None:
     """Loss on general text and its change, and how the weights moved; None where neither was looked at."""
     methods = group["methods"]

@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from molf.config import Params, Training, cell_config, fingerprint, load_params
+from molf.config import Params, Training, cell_config, fingerprint, load_params, method_block
 from molf.errors import main
 from molf.paths import (
     CHECKPOINTS,
@@ -89,11 +89,11 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     )
     first = collective.rank() == 0
     results, weights = cell.results / "train", cell.weights
-    kept = methods.keeps_weights(budget.keep, params.methods[cell.method].kind)
+    block, trained_on = method_block(params, cell), file_hash(prepared / "train.parquet")
+    kept = methods.keeps_weights(budget.keep, block.kind)
     target = weights if kept else UNKEPT / cell.name
     for directory in (results, weights, target) if first else ():
         shutil.rmtree(directory, ignore_errors=True)
-    block, trained_on = params.methods[cell.method], file_hash(prepared / "train.parquet")
     live_run = tracking.live_run(record, params.tracking.experiment) if first else contextlib.nullcontext()
     with live_run as live, keeper.explaining(), memory.explained(base, block, budget, parts):
         outcome = training.train(
