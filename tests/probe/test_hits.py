@@ -32,6 +32,12 @@ def test_a_hit_is_a_method_within_the_margin_of_the_best_mean() -> None:
         assert judged["good"] == (["lora", "fft"] if expected else ["fft"])
 
 
+def test_the_margin_of_the_forecast_prefers_the_smaller_update_and_the_least_error_stands_beside() -> None:
+    judged = hits.judge(found({"fft": 0.1, "lora": 0.11}), group({"fft": 0.9, "lora": 0.5}), 0.015)
+    assert judged is not None and (judged["forecast"], judged["hit"]) == ("lora", False)
+    assert (judged["least"], judged["least_hit"]) == ("fft", True)
+
+
 def test_only_methods_that_were_both_forecast_and_measured_count() -> None:
     judged = hits.judge(found(), group({"fft": 0.5, "molf": 0.9, "dora": 0.95}), 0.015)
     assert judged is not None and judged["methods"] == ["fft", "molf"] and judged["forecast"] == "fft"
@@ -52,7 +58,7 @@ def test_the_tally_stands_beside_guesses_without_a_probe() -> None:
     means = [{"lora": 0.5, "fft": 0.7}, {"lora": 0.5, "fft": 0.5}, {"lora": 0.8, "fft": 0.7}, {"lora": 0.1, "fft": 0.7}]
     judged = [hits.judge(found(), group(of), 0.015) for of in means]
     sums = hits.tally([of for of in judged if of is not None])
-    assert (sums["hits"], sums["of"], sums["chance"]) == (2, 4, 2.5)
+    assert (sums["hits"], sums["of"], sums["chance"], sums["least_hits"]) == (2, 4, 2.5, 2)
     assert sums["always"] == {"method": "fft", "hits": 3, "by_method": {"lora": 2, "fft": 3}}
 
 

@@ -25,9 +25,10 @@ def exact_interval(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[
 def judge(found: Mapping[str, Any], group: Mapping[str, Any], margin: float) -> dict[str, Any] | None:
     """A forecast beside what was measured; None where the two share fewer than two methods.
 
-    Only methods that were both forecast and measured count. The good ones are those whose mean lies within the margin
-    of the best mean: a forecast of any of them is a hit. Whether the comparison can tell the methods apart at all is
-    said beside it: some method's interval of the difference to the best lies below -margin.
+    Only methods that were both forecast and measured count; `least` is the one of least error, margin or not. The good
+    ones are those whose mean lies within the margin of the best mean: a forecast of any of them is a hit. Whether the
+    comparison can tell the methods apart at all is said beside it: some method's interval of the difference to the best
+    lies below -margin.
 
     Args:
         found: A probe's file.
@@ -54,6 +55,8 @@ def judge(found: Mapping[str, Any], group: Mapping[str, Any], margin: float) -> 
         "best": best,
         "good": good,
         "hit": forecast in good,
+        "least": order[0],
+        "least_hit": order[0] in good,
         "tells_apart": bool(worse),
         "means": {method: means[method] for method in order},
         "agreement": [found["forecast"]["agreement"], found["forecast"]["halvings"]],
@@ -71,9 +74,10 @@ def tally(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Hits of how many, beside guesses that need no probe.
 
     Returns:
-        hits, of, low, high (exact interval of the share); always (the method that, named everywhere, hits most often,
-        chosen in hindsight, and its hits); chance (expected hits of a method drawn at random); tells_apart (how many
-        comparisons can tell the methods apart) and hits_there.
+        hits, of, low, high (exact interval of the share); least_hits (had the least error been named, without the
+        rule's margin); always (the method that, named everywhere, hits most often, chosen in hindsight, and its hits);
+        chance (expected hits of a method drawn at random); tells_apart (how many comparisons can tell the methods
+        apart) and hits_there.
     """
     constant: Counter[str] = Counter()
     for each in judged:
@@ -86,6 +90,7 @@ def tally(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "of": len(judged),
         "low": low,
         "high": high,
+        "least_hits": sum(each["least_hit"] for each in judged),
         "always": {"method": always, "hits": constant[always], "by_method": dict(constant)},
         "chance": sum(len(each["good"]) / len(each["methods"]) for each in judged),
         "tells_apart": sum(each["tells_apart"] for each in judged),
@@ -149,6 +154,7 @@ def table(judged: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"{sums['hits']} of {sums['of']} forecasts hit: they name a method within the margin of the best mean. Exact "
         f"{CONFIDENCE:.0%} interval {sums['low']:.2f} to {sums['high']:.2f}, were the comparisons independent",
+        f"without the margin the least error alone would have hit {sums['least_hits']}",
         f"without a probe: always {always['method']}, chosen in hindsight, hits {always['hits']}; a method drawn at "
         f"random {sums['chance']:.1f}",
         f"{sums['tells_apart']} of the comparisons show any method to be worse than the best; of these "

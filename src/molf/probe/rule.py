@@ -26,9 +26,9 @@ WHOLE, LOW, ROUTED = "whole", "low", "routed"
 def update_of(block: MethodBlock) -> tuple[str, tuple[int, ...]] | None:
     """A method's update of a weight: its sort, and the ranks of its low-rank parts; None: the rule does not know it.
 
-    Any block with one rank `r` is taken for LoRA of that rank, whatever it does beside.
+    Any other block with one rank, `r` or `target_r`, is taken for LoRA of that rank, whatever it does beside.
     """
-    rank = getattr(block, "r", None)
+    rank = getattr(block, "r", getattr(block, "target_r", None))
     if block.kind == "fft":
         return WHOLE, ()
     if block.kind in ("molf", "molf-e") and isinstance(rank, list | tuple):
