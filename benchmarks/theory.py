@@ -234,11 +234,16 @@ def problem(n: int, effective: float, noise: float) -> Problem:
     return Problem(n, D_IN, D_OUT, noise / D_OUT, decaying(D_OUT, effective))
 
 
-def figure(path: Path, draws: int) -> None:
-    """Draws excess risk by rank, and where LoRA of one rank beats full fine-tuning, and writes a PNG."""
+def figure(path: Path, draws: int) -> list[str]:
+    """Draws excess risk by rank, and where LoRA of one rank beats full fine-tuning, and writes a PNG.
+
+    Returns:
+        Lines that say how well the formulas' borders fit.
+    """
     from molf.report.style import BLUE, GREEN, INK, ORANGE, entitle_all, grid, settings
 
     colours = dict(zip(NOISES, (GREEN, BLUE, ORANGE), strict=True))
+    said = []
     with settings():
         made, panels = grid(12, 6.6, len(SIZES), len(EFFECTIVE) + 1)
         entitle_all(made, "Excess risk of an update of rank r, least squares from the pretrained weight")
@@ -261,14 +266,20 @@ def figure(path: Path, draws: int) -> None:
                 )
                 axes.set_xlabel("rank r of the update", fontsize=8.5)
             row[0].set_ylabel("excess risk (1: nothing learnt)", fontsize=8.5)
-            regimes(row[-1], n, max(4, draws // 4))
+            right, squares = regimes(row[-1], n, max(4, draws // 4))
+            said.append(f"{words}: who wins at rank {RANK} is what both formulas say in {right} of {squares} places")
         panels[1, 0].legend(frameon=False, fontsize=8, loc="lower right")
         path.parent.mkdir(parents=True, exist_ok=True)
         made.savefig(path, dpi=100, metadata={"Software": None})
+    return said
 
 
-def regimes(axes: "Axes", n: int, draws: int) -> None:
-    """Who wins at RANK, by D's effective rank and the noise: squares simulated, lines by the two formulas."""
+def regimes(axes: "Axes", n: int, draws: int) -> tuple[int, int]:
+    """Who wins at RANK, by D's effective rank and the noise: squares simulated, lines by the two formulas.
+
+    Returns:
+        In how many squares both formulas name the simulation's winner, and how many squares there are.
+    """
     from matplotlib.colors import ListedColormap
 
     from molf.report.style import BLUE, INK, ORANGE
@@ -289,6 +300,8 @@ def regimes(axes: "Axes", n: int, draws: int) -> None:
     axes.set_title(f"orange: rank {RANK} beats full\nlines: the formulas' borders", fontsize=9, loc="left", color=INK)
     axes.set_xlabel("effective rank of D", fontsize=8.5)
     axes.set_ylabel("noise over signal", fontsize=8.5)
+    agree = ((wins > 1) == (spiked > 0)) & ((wins > 1) == (counted > 0))
+    return int(agree.sum()), agree.size
 
 
 def logarithmic(axes: "Axes", which: str) -> None:
@@ -315,13 +328,15 @@ def run(arguments: Sequence[str] | None = None) -> None:
                 of = problem(n, effective, noise)
                 mean, error = simulate(of, options.draws)
                 best = int(mean.argmin())
-                spiked, counted = spiked_risk(of)[RANK], counted_risk(of)[RANK]
+                spiked, counted = spiked_risk(of), counted_risk(of)
+                off = float(np.abs(spiked / mean - 1).max())
                 print(
                     f"  effective rank {effective:4g}, noise {noise:4g}: full {mean[-1]:.3f} (formula "
-                    f"{full_risk(of):.3f}), rank {RANK} {mean[RANK]:.3f} +- {error[RANK]:.3f} (spiked {spiked:.3f}, "
-                    f"counted {counted:.3f}), best rank {best} {mean[best]:.3f}"
+                    f"{full_risk(of):.3f}), rank {RANK} {mean[RANK]:.3f} +- {error[RANK]:.3f} (spiked "
+                    f"{spiked[RANK]:.3f}, counted {counted[RANK]:.3f}), best rank {best} (spiked {spiked.argmin()}, "
+                    f"counted {counted.argmin()}); spiked off by at most {off:.0%}"
                 )
-    figure(options.into / "theory.png", options.draws)
+    print("\n".join(figure(options.into / "theory.png", options.draws)))
     print(f"{options.into / 'theory.png'} written")
 
 
