@@ -1,5 +1,6 @@
 """LoRA's step on half of the layers beside uniform LoRA's: the claim of 15 to 28 % of Aletheia (arXiv 2604.15351)."""
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -75,13 +76,13 @@ def _compare(
     result: Result, settings: Settings, name: str, inputs: dict[str, Tensor], probed: list[dict[str, Tensor]]
 ) -> None:
     """Adds a model's rows: each choice of layers beside uniform LoRA, all in turn."""
-    plain = build(name, settings.gemma)
+    plain = build(name, settings.gemma).to(settings.device.type)
     label, uniform = describe(name, plain), method_block("lora").model_copy(update={"r": UNIFORM})
-    sides = {"lora": Side(METHODS["lora"].prepare(plain, uniform, None), uniform, settings)}
+    sides = {"lora": Side(METHODS["lora"].prepare(_like(plain), uniform, None), uniform, settings)}
     told, took = {}, 0.0
     for where, budgets in PLACES.items():
         for budget in budgets:
-            block, model = _block(budget), build(name, settings.gemma).to(settings.device.type)
+            block, model = _block(budget), _like(plain)
             names = list(selected.targets(model, block.exclude_modules))  # type: ignore[arg-type]
             if where == "the probe's choice":
                 clock = _clock(settings)
@@ -113,6 +114,11 @@ def _compare(
     result.data[name] = {"sides": told, "uniform_parameters": parameters, "probe_seconds": took, "probed": len(probed)}
     del sides
     settings.device.release()
+
+
+def _like(model: nn.Module) -> nn.Module:
+    """Another model of the same frozen weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _clock(settings: Settings) -> Callable[[], float]:

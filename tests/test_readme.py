@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from molf import presets
 from molf.cli import run
 from molf.config import check_params, read_yaml
 
@@ -36,6 +37,19 @@ def test_every_command_of_the_guide_to_the_verdict_exists() -> None:
         with pytest.raises(SystemExit) as ended:
             run([name, "--help"])
         assert ended.value.code == 0, name
+
+
+def test_the_guide_to_methods_names_what_is_there() -> None:
+    from molf import methods
+
+    text = (ROOT / "docs/add-a-method.md").read_text()
+    rows = re.findall(r"^\| `([a-z_]+\([a-z, ]*\))` \|", text, flags=re.MULTILINE)
+    assert rows == re.findall(r"^([a-z_]+\([a-z, ]*\)) ->", methods.__doc__ or "", flags=re.MULTILINE)
+    for name in re.findall(r"`((?:src|tests)/[a-z_/]+(?:\.py|\.yaml)?)`", text):
+        assert (ROOT / name).exists(), name
+    (grid,) = re.findall(r"```yaml\n(.+?)```", text, flags=re.DOTALL)
+    params = presets.merged("rivals", read_yaml(ROOT / "params.yaml")) | yaml.safe_load(grid)
+    assert len(check_params(params, "docs/add-a-method.md").cells()) == 2
 
 
 def test_every_file_of_the_readme_exists() -> None:
