@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from molf import MoLFAdamW, MoLFConfig, RoutingRecorder, apply_molf, kernels, molf_modules, molf_param_groups
+from molf import (
+    MoLFAdamW,
+    MoLFConfig,
+    RoutingError,
+    RoutingRecorder,
+    apply_molf,
+    kernels,
+    molf_modules,
+    molf_param_groups,
+)
 from molf.config import check_params, read_yaml
 from molf.modules import layer
 from molf.training import Outcome, train
@@ -259,6 +268,24 @@ def test_a_control_that_pins_its_winners_is_not_one_sided_and_its_scores_are_kep
     other = RoutingRecorder()
     other.load_state_dict(recorder.state_dict())
     assert other.summary() == summary
+
+
+@pytest.mark.parametrize("winners", ["shuffled", "random", "full", "lora", "alternate"])
+def test_a_record_refuses_a_control_whose_winners_belie_it(winners: Any) -> None:
+    model = network((2, 5), depth=2)
+    optimizer, recorder = MoLFAdamW(groups(model), winners=winners), RoutingRecorder()
+    run(model, optimizer, batches(6), after=lambda step: recorder.record(optimizer.last_routing))
+    recorder.drain()  # what is true
+    routing = optimizer.last_routing
+    assert routing is not None
+    other = torch.zeros_like(routing.winners)
+    other[:, 0 if winners == "lora" else 2] = True
+    recorder.record(routing._replace(step=7, winners=other))
+    if winners == "random":
+        recorder.drain()
+    else:
+        with pytest.raises(RoutingError, match=f"step 7: winners is {winners}, but others won than that says"):
+            recorder.drain()
 
 
 def test_a_cell_draws_by_its_seed_and_warns_of_no_control(base: Path, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ class RoutingRecorder:
         """Reads the collected steps to the host and checks them.
 
         Raises:
-            RoutingError: A score is not finite, or zero while its expert's rate is above 0.
+            RoutingError: A score is not finite, or zero while its expert's rate is above 0, or a control's winners are
+                not what it claims of them.
         """
         if not self._pending:
             return
@@ -68,6 +69,10 @@ class RoutingRecorder:
                 f"step {pending[step].step}, module {self.modules[module]}, expert {self.experts[expert]}: the score "
                 f"is {scores[step, module, expert]} at a rate of {rates[step, expert]}; no update can be routed by it"
             )
+        belied = _belied(self.decided_by, torch.tensor([routing.step for routing in pending]), scores, winners)
+        if belied.any():
+            step = pending[int(belied.nonzero()[0])].step
+            raise RoutingError(f"step {step}: winners is {self.decided_by}, but others won than that says")
 
     def columns(self) -> dict[str, Any]:
         """The record as columns, a row for each step, module and expert: step, module, expert, score, won, counted.
@@ -153,3 +158,29 @@ class RoutingRecorder:
         if not self._scores:
             raise RoutingError("no step was routed")
         return torch.cat(self._scores), torch.cat(self._winners), torch.tensor(self._counted)
+
+
+def _belied(decided_by: str, steps: torch.Tensor, scores: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
+    """In which steps a control's winners are not what it claims of them; what is drawn claims nothing.
+
+    Args:
+        decided_by: As `MoLFAdamW`'s `winners`.
+        steps: (steps,), from 1 on.
+        scores: (steps, modules, experts).
+        winners: (steps, modules, experts), bool.
+
+    Returns:
+        (steps,), bool.
+    """
+    experts = winners.shape[2]
+    match decided_by:
+        case "full" | "alternate":
+            alone = torch.zeros_like(steps) if decided_by == "full" else steps % experts
+            return (winners != torch.nn.functional.one_hot(alone, experts).bool()[:, None]).any(dim=2).any(dim=1)
+        case "lora":
+            return winners[:, :, 0].any(dim=1)
+        case "shuffled":  # as many of each expert as the scores choose
+            order = scores.sort(dim=2, descending=True, stable=True).indices[:, :, : int(winners[0, 0].sum())]
+            chosen = torch.zeros_like(winners).scatter_(2, order, True)
+            return (chosen.sum(dim=1) != winners.sum(dim=1)).any(dim=1)
+    return torch.zeros(len(steps), dtype=torch.bool)
