@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from molf.errors import plain
+from molf.errors import PASSING, plain
 from molf.secrets import concealed
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -58,8 +58,8 @@ class CommandFailed(RuntimeError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same command can succeed at another try: it was killed, or memory ran out."""
-        return self.out_of_memory or self.stage_code < 0 or self.stage_code > 128
+        """Whether the same command can succeed at another try: it was killed, lost a host, or memory ran out."""
+        return self.out_of_memory or self.stage_code < 0 or self.stage_code > 128 or self.stage_code == PASSING
 
 
 def stream(

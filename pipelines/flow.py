@@ -153,7 +153,7 @@ def _compare(
         _check_remotes(place.home, f"flow.pool is {settings.flow.pool}")
         pool.check(settings.flow.pool)
     stages = graph.read(place.root, run("dvc", "dag", "--dot", "compare", quiet=True))
-    slots = Slots(place.flow / "slots", tuple(locks.gpus()), settings.flow.cpu_slots)
+    slots = Slots.here(place.flow / "slots", settings.flow.cpu_slots)
     failed = _before(place, stages, logs, slots, settings.flow.retries)
 
     def bring_up(jobs: Sequence[Job], what: str, below: Path, lost: Mapping[Job, Lack]) -> dict[Job, Lack]:

@@ -90,7 +90,7 @@ def run_cell(job: Job, commit: str, key: str, gpus: int, retries: int, sign: flo
 def _run_cell(job: Job, commit: str, key: str, gpus: int, retries: int, sign: float) -> None:
     home = checkout.home(HOME)
     cpu = load_params(home / PARAMS).flow.cpu_slots  # the machine's own, not the coordinator's
-    slots = Slots(home / FLOW / "slots", tuple(locks.gpus()), cpu)
+    slots = Slots.here(home / FLOW / "slots", cpu)
     slots.check(gpus)
     with runs.cancellable(), ended_together(), _alive(sign):
         ref = checkout.start_ref(key)

@@ -11,6 +11,7 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from molf import hosts
 from molf.config import PARAMS
 from molf.errors import plain
 from molf.models import ELSEWHERE
@@ -36,15 +37,27 @@ class Slots:
         folder: Where its locks lie.
         gpus: As CUDA_VISIBLE_DEVICES names them; with any, each is a slot.
         cpu: Slots of a machine without.
+        hosts: That train a cell together, this machine the head (`molf.hosts`); each takes its share of a cell.
     """
 
     folder: Path
     gpus: tuple[str, ...]
     cpu: int
+    hosts: int = 1
 
     @property
     def count(self) -> int:
         return len(self.gpus) or self.cpu
+
+    @classmethod
+    def here(cls, folder: Path, cpu: int) -> "Slots":
+        """Those of this machine, by its GPUs and its environment."""
+        group = hosts.asked()
+        return cls(folder, tuple(locks.gpus()), cpu, group.hosts if group else 1)
+
+    def share(self, count: int) -> int:
+        """GPUs of this machine that a cell of `count` processes takes."""
+        return -(-count // self.hosts)
 
     def check(self, count: int) -> None:
         """Refuses a cell that would wait forever.
@@ -52,18 +65,20 @@ class Slots:
         Raises:
             NotSetUp: It takes more GPUs than there are.
         """
-        if 0 < len(self.gpus) < count:
+        if 0 < len(self.gpus) < self.share(count):
             raise NotSetUp(
-                f"training.processes: a cell takes {count} GPUs, this machine has {len(self.gpus)} "
-                f"({', '.join(self.gpus)}); set it to {len(self.gpus)} or less, or run on a larger machine"
+                f"training.processes: a cell takes {count} GPUs, "
+                + (f"{self.share(count)} of each of {self.hosts} hosts, " if self.hosts > 1 else "")
+                + f"this machine has {len(self.gpus)} ({', '.join(self.gpus)}); set it to "
+                f"{self.hosts * len(self.gpus)} or less, or run on a larger machine"
             )
 
     @contextlib.contextmanager
     def hold(self, count: int, waiting: Callable[[], object]) -> Iterator[tuple[list[int], dict[str, str]]]:
-        """Waits for `count` GPUs, or a slot without; yields descriptors that hold them, and the environment."""
+        """Waits for a cell's GPUs, or a slot without; yields descriptors that hold them, and the environment."""
         names = self.gpus or tuple(map(str, range(self.cpu)))
         paths = [self.folder / f"{'gpu' if self.gpus else 'cpu'}-{name}" for name in names]
-        with locks.any_of(paths, count if self.gpus else 1, waiting) as (held, places):
+        with locks.any_of(paths, self.share(count) if self.gpus else 1, waiting) as (held, places):
             if self.gpus:
                 yield held, {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[place] for place in places)}
             elif self.cpu > 1 and "OMP_NUM_THREADS" not in os.environ:

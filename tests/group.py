@@ -1,4 +1,4 @@
-"""`python -m tests.group CASE FOLDER`: two processes of one group, for test_processes.py. It is not a test."""
+"""`python -m tests.group CASE FOLDER`: two processes of one group, for two files of tests. It is not a test."""
 
 import itertools
 import json
@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from molf import processes
+from molf import joining, processes
 from molf.errors import RunError, UserError, main
 
 
 def run() -> None:
+    if sys.argv[1] == "join":  # on a host that is not the head
+        joining.join(sys.argv[2], 5, lambda folder, command: None)
+        return
     case, folder = sys.argv[1], Path(sys.argv[2])
     if not processes.started():
         processes.launch("tests.group", sys.argv[1:], 2, threads=1)
@@ -52,7 +55,8 @@ def work(case: str, folder: Path) -> None:
         case "user":  # which every process finds
             raise UserError(["first problem", "second problem"])
     if rank() == 0 and case.startswith("aborted"):  # as NCCL's watchdog does once another is gone
-        while not (Path(os.environ[processes.NOTES]) / processes.FAILURE).exists():
+        store = processes.own_store()
+        while not store.check([processes.FAILURE]):
             time.sleep(0.01)
         os.abort()
     if rank() == 1:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -146,6 +147,25 @@ def test_the_load_is_what_others_had(
     meter.stop()
     found = meter.totals().summary()
     assert found["other_load"] == pytest.approx(load, abs=0.01) and found["contended"] is contended
+
+
+def test_hosts_that_train_together_are_added_up() -> None:
+    """Each measured all of its machine in each of its two processes, which have the energy and the load in common."""
+
+    def process(busy: float, own: float, joules: float | None, **more: Any) -> Totals:
+        return Totals(10.0, 40.0, busy, own, joules, "RAPL", **more)
+
+    one, other = [process(36, 16, 50.0), process(36, 20, 50.0)], [process(33, 15, 70.0), process(33, 15, 70.0)]
+    both = Totals.across([Totals.beside(one, each=False), Totals.beside(other, each=False)])
+    assert both == Totals(10.0, 80.0, 69.0, 66.0, 120.0, "RAPL")
+    found = both.summary()
+    assert (found["energy_joules"], found["contended"]) == (120.0, False)
+    assert found["other_load"] == pytest.approx(0.3)
+    other[0] = process(53, 15, None, shared=True)  # somebody computes on the second host
+    both = Totals.across([Totals.beside(one, each=True), Totals.beside(other, each=True)])
+    assert (both.joules, both.shared, both.summary()["contended"]) == (None, True, True)
+    alone = process(36, 16, 50.0)
+    assert Totals.across([Totals.beside([alone], each=True)]) == alone
 
 
 def test_what_is_not_of_this_machine_tells_nothing(machine: Machine, tmp_path: Path) -> None:

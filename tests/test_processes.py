@@ -301,6 +301,15 @@ class Stage:
         write_parquet(root / "data/prepared/fact/train.parquet", rows)
         write_json(root / "data/prepared/fact/summary.json", {"data_hash": "x", "generated": True, "source": "here"})
 
+    def ask(self, steps: int | None, **budget: Any) -> None:
+        """Writes params.yaml, with a checkpoint every so many steps."""
+        data = read_yaml(ROOT / "params.yaml")
+        data["training"] |= {"processes": 2, "threads": 1, "epochs": 1, "sharding": "ddp"} | budget
+        data["checkpoint"]["steps"] = steps
+        data["tasks"]["fact"]["training"] = {}
+        data["methods"]["molf"]["r"] = [4]
+        (self.root / "params.yaml").write_text(json.dumps(data))
+
     def run(self, code: int, interrupt: bool = False, **budget: Any) -> str:
         """Runs the stage with two processes, and returns what it said.
 
@@ -309,12 +318,7 @@ class Stage:
             interrupt: Whether it gets a SIGINT once it wrote a checkpoint.
             budget: Changes of `training`.
         """
-        data = read_yaml(ROOT / "params.yaml")
-        data["training"] |= {"processes": 2, "threads": 1, "epochs": 1, "sharding": "ddp"} | budget
-        data["checkpoint"]["steps"] = 1 if interrupt else None
-        data["tasks"]["fact"]["training"] = {}
-        data["methods"]["molf"]["r"] = [4]
-        (self.root / "params.yaml").write_text(json.dumps(data))
+        self.ask(1 if interrupt else None, **budget)
         stage = subprocess.Popen(
             [sys.executable, "-m", "molf.stages.train", "tiny", "fact", "molf", "0"],
             cwd=self.root,

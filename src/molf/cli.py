@@ -111,6 +111,15 @@ def run(arguments: Sequence[str]) -> int:
     commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
     ui = commands.add_parser("ui", help="open MLflow's page")
     ui.add_argument("--port", type=int, default=5000)
+    join = commands.add_parser("join", help="train cells together with another host, where they are run")
+    join.add_argument("meet", metavar="ADDRESS:PORT", help="what MOLF_MEET says there")
+    join.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        metavar="N",
+        help="that this waits for a cell (default 60)",
+    )
     publish = commands.add_parser("publish", help="copy the last comparison and its params into a folder to commit")
     publish.add_argument("directory", type=Path)
     data = commands.add_parser("data", help="look at versions of the data sets").add_subparsers(
@@ -156,6 +165,8 @@ def run(arguments: Sequence[str]) -> int:
             return main(track)
         case "ui":
             return main(lambda: open_ui(options.port))
+        case "join":
+            return main(lambda: join_head(options.meet, options.minutes))
         case "data":
             return main(lambda: diff_data(options.revision, options.to, options.task, options.key, options.json))
         case _:
@@ -494,6 +505,13 @@ def open_ui(port: int) -> None:
     root, experiment = Path.cwd(), load_params().tracking.experiment
     tracking.initialise(root, experiment)
     mlflow_server.serve(root, port, tracking.address(root, experiment))
+
+
+def join_head(meet: str, minutes: float) -> None:
+    """Trains cells together with the host that runs them, until interrupted."""
+    from molf import joining
+
+    joining.join(meet, minutes)
 
 
 def diff_data(revision: str, to: str | None, task: str | None, key: str | None, as_json: bool) -> None:

@@ -34,7 +34,7 @@ def closure(module: str, package: Path = PACKAGE) -> set[str]:
         if name in seen or name in VIEWS:
             continue
         seen.add(name)
-        open_modules += _imports(name, package)
+        open_modules += _imports(module_path(name, package).read_text(encoding="utf-8"), package)
     return seen
 
 
@@ -61,8 +61,9 @@ def module_path(name: str, package: Path = PACKAGE) -> Path:
 
 
 @cache
-def _imports(name: str, package: Path) -> frozenset[str]:
-    tree = ast.parse(module_path(name, package).read_text(encoding="utf-8"))
+def _imports(text: str, package: Path) -> frozenset[str]:
+    """Names of the package's modules that a module of this text imports."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body = []  # imports for the type checker run nothing

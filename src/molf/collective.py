@@ -5,6 +5,7 @@ tuples as lists, of one process alone too.
 """
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def hosts() -> int:
+    """On how many hosts they run, alike on each."""
+    return world_size() // int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
 
 
 def barrier() -> None:

@@ -29,6 +29,13 @@ class Diverged(RunError):
     """A training whose loss, gradients or answers are no numbers any more: its learning rate may be too high."""
 
 
+class Passing(RunError):
+    """A failed run that may succeed at another try, for something around it failed (a host is gone): exit code 75."""
+
+
+PASSING = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and did so in good order; its message says how to go on. Exit code 1."""
 
@@ -67,7 +74,8 @@ def main(function: Callable[[], None]) -> int:
             traceback.
 
     Returns:
-        0, or 2 after a `UserError`, or 1 after a `RunError`, a disk or file that fails, or an interrupt.
+        0, or 2 after a `UserError`, or 1 after a `RunError`, a disk or file that fails, or an interrupt; 75 after
+        what may pass.
     """
     keep_private()
     sys.excepthook = _show_defect
@@ -81,7 +89,7 @@ def main(function: Callable[[], None]) -> int:
         return 2
     except (RunError, OSError) as error:
         print(f"failed: {_lines(error)}", file=sys.stderr)
-        return 1
+        return PASSING if isinstance(error, Passing) else 1
     except KeyboardInterrupt as error:
         print(f"interrupted: {_lines(error)}" if str(error) else "interrupted", file=sys.stderr)
         return 1

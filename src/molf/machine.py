@@ -27,13 +27,14 @@ def versions(moments: str = "float32") -> dict[str, str | None]:
     return found
 
 
-def hardware(threads: int | None, processes: int = 1, micro_batches: int = 1) -> dict[str, Any]:
+def hardware(threads: int | None, processes: int = 1, micro_batches: int = 1, hosts: int = 1) -> dict[str, Any]:
     """What a cell is trained on and how, and a hash of that: costs are ranked among cells that share it only.
 
     Args:
         threads: Of each process; None: what torch uses in this one.
         processes: That train a cell together.
         micro_batches: Parts in which each micro-batch of params.yaml is taken (`Training.split`).
+        hosts: On which the processes run; this one stands for all.
     """
     import torch
 
@@ -44,8 +45,9 @@ def hardware(threads: int | None, processes: int = 1, micro_batches: int = 1) ->
     count = threads or torch.get_num_threads()
     several = f"|{processes}" if processes > 1 else ""
     several += f"|{micro_batches} micro-batches" if micro_batches > 1 else ""
+    several += f"|{hosts} hosts" if hosts > 1 else ""
     digest = hashlib.sha256(f"{name}|{count}{several}".encode()).hexdigest()[:16]
-    how = {"threads": count, "processes": processes, "micro_batches": micro_batches}
+    how = {"threads": count, "processes": processes, "micro_batches": micro_batches, "hosts": hosts}
     return {"name": name, **how, "fingerprint": digest}
 
 

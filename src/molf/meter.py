@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,14 @@ class Totals:
                 shared = (Totals(shared=shared) + Totals(shared=other.shared)).shared
         return Totals(first.seconds, first.core_seconds, first.busy, own, joules, first.source, shared)
 
+    @staticmethod
+    def across(machines: Sequence["Totals"]) -> "Totals":
+        """Of machines that train together, during the same time."""
+        total = machines[0]
+        for other in machines[1:]:
+            total = replace(total + other, seconds=total.seconds)
+        return total
+
     def summary(self) -> dict[str, Any]:
         """energy_joules, energy_source, other_load (cores that others kept busy on average), contended."""
         # A counter that stands still is one that a virtual machine only shows.
@@ -200,7 +208,10 @@ class Meter:
     def totals(self) -> Totals:
         """Of all stretches that have ended, over all processes, which must ask together."""
         of_all = [Totals(**each) for each in collective.gathered(asdict(self.mine))]
-        return self.before + Totals.beside(of_all, each=self.device.others is not None)
+        share = len(of_all) // collective.hosts()
+        machines = [of_all[first : first + share] for first in range(0, len(of_all), share)]
+        each = self.device.others is not None
+        return self.before + Totals.across([Totals.beside(machine, each) for machine in machines])
 
     def _use_energy(self) -> None:
         """Counts the energy since the last look, and looks who else computes on the device."""

@@ -1,4 +1,4 @@
-"""Several processes that train one cell: started on this machine, joined in a group, ended together.
+"""Several processes that train one cell: started on this host, or on several, joined in a group, ended together.
 
 The process that DVC starts runs no training itself: it starts the others, waits for them, and says what went wrong.
 """
@@ -14,27 +14,30 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from molf.errors import Diverged, RunError, UserError
 
-NOTES = "MOLF_NOTES"  # names, in a started process, the folder where the first that fails leaves its reason
-FAILURE = "failure.json"
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+STARTED = "MOLF_STARTED"  # set in a process that was started here
+FAILURE = "molf/failure"  # of the group's store: the reason of the process that failed first
 GRACE = 10.0  # seconds that the others have to end by themselves after one failed
 # One that died is noticed by the process that started it, not by a timeout, so that a long checkpoint is no failure.
 TIMEOUT = timedelta(hours=4)
 
 
 def started() -> bool:
-    """Whether `launch` started this process."""
-    return NOTES in os.environ
+    """Whether this process is one of a group."""
+    return STARTED in os.environ
 
 
 def launch(module: str, arguments: Sequence[str], processes: int, threads: int | None) -> None:
-    """Runs `python -m MODULE ARGUMENTS` as a group of processes on this machine until all have ended.
+    """Runs `python -m MODULE ARGUMENTS` as a group of processes until all have ended; on several hosts if so asked.
 
     When one fails the others are ended; when this process is killed, however, they end themselves; SIGINT and SIGTERM
     are passed on to each. The first writes to this one's output; the others' is shown if one of them dies.
@@ -43,68 +46,169 @@ def launch(module: str, arguments: Sequence[str], processes: int, threads: int |
         module: Its main runs inside `joined()`.
         arguments: Of each.
         processes: One a GPU where there are GPUs.
-        threads: CPU threads of each; None shares the cores out.
+        threads: CPU threads of each; None shares a host's cores out.
 
     Raises:
-        UserError: There are fewer GPUs than processes; or that of the process that failed first.
-        RunError: That of the process that failed first, or one was killed.
+        UserError: There are fewer GPUs than processes, or the hosts are unlike; or that of the process that failed
+            first.
+        RunError: That of the process that failed first, or one was killed, or a host did not come or is gone.
         KeyboardInterrupt: They were interrupted.
     """
     import torch
     from torch.distributed import TCPStore
 
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+    from molf import hosts
+
+    group = hosts.asked()
+    share = group.share(processes) if group else processes
+    if torch.cuda.is_available() and share > torch.cuda.device_count():
+        asked_for = f"training.processes: {processes}" + (f" on {group.hosts} hosts" if group else "")
         raise UserError(
-            f"training.processes: {processes}, but there are {torch.cuda.device_count()} GPUs here, and each process "
-            f"needs one; lower it to {torch.cuda.device_count()}, or choose GPUs with CUDA_VISIBLE_DEVICES"
+            f"{asked_for}, but there are {torch.cuda.device_count()} GPUs here, and each process needs one; lower it "
+            f"to {torch.cuda.device_count() * (group.hosts if group else 1)}, or choose GPUs with CUDA_VISIBLE_DEVICES"
         )
-    # Its port is the system's choice, taken before any of them looks for it. Of a socket of its own the store would
-    # take all interfaces, whatever host it is told.
-    listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
-    shared = {
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port,
+    with contextlib.ExitStack() as stack:
+        address, guests = "127.0.0.1", list[hosts.Guest]()
+        if group:
+            address, guests = stack.enter_context(hosts.gathered(group, share, [module, *arguments]))
+        # Its port is the system's choice, taken before any of them looks for it. Of a socket of its own the store would
+        # take all interfaces, whatever host it is told.
+        listening = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        port = listening.getsockname()[1]
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+        environment = shared(processes, share, (address, port), threads)
+        if group:
+            environment |= hosts.network(address)
+        elif sys.platform == "linux":  # gloo would listen where the machine's name leads
+            environment.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+        parts: list[Part] = [*guests]
+        asked = stack.enter_context(passing_on(parts))
+        for number, guest in enumerate(guests, 1):
+            guest.start(range(number * share, (number + 1) * share), processes, (address, port), threads)
+        parts.insert(0, stack.enter_context(Here(module, arguments, range(share), environment)))
+        _watch(parts, store)
+        _raise_failure(parts, store, asked)
+
+
+def shared(world: int, share: int, store: tuple[str, int], threads: int | None) -> dict[str, str]:
+    """Variables of the environment of all of a group's processes on a host.
+
+    Args:
+        world: Processes of the group.
+        share: Those of a host.
+        store: Address and port where they find each other.
+        threads: CPU threads of each; None shares the host's cores out.
+    """
+    found: dict[str, object] = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": share,
+        "MASTER_ADDR": store[0],
+        "MASTER_PORT": store[1],
         "TORCHELASTIC_USE_AGENT_STORE": True,  # torch's own name for "the store is there already"
-        "OMP_NUM_THREADS": threads or max(1, _cores() // processes),
+        "OMP_NUM_THREADS": threads or max(1, _cores() // share),
+        STARTED: 1,
     }
-    if sys.platform == "linux":  # gloo would listen where the machine's name leads
-        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory(prefix="molf-") as folder, contextlib.ExitStack() as stack:
-        notes = Path(folder)
-        children: list[subprocess.Popen[bytes]] = []
-        stack.callback(_end, children)
-        asked = stack.enter_context(_passing_on(children))
-        for number in range(processes):
-            own = {"RANK": number, "LOCAL_RANK": number, NOTES: notes}
-            output = None if number == 0 else stack.enter_context(_log(notes, number).open("wb"))
-            children.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments],
-                    env={**os.environ, **{key: str(value) for key, value in (shared | own).items()}},
-                    stdin=subprocess.PIPE,  # never written to: it closes when this process is gone
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,  # so that a terminal's interrupt comes once, from here
-                )
-            )
-        _watch(children, notes)
-        _raise_failure(children, notes, asked)
+    return {key: str(value) for key, value in found.items()}
+
+
+class Part(Protocol):
+    """The processes of a group on one host; `numbers` are theirs in the group, `where` names another host than this."""
+
+    numbers: range
+    where: str
+
+    def codes(self) -> list[int | None]:
+        """Exit codes, -n of what signal n ended, None of what runs; to be asked often."""
+
+    def signal(self, number: int) -> None:
+        """Sends each that runs a signal."""
+
+    def tail(self, number: int) -> str:
+        """The last lines of a process, each after a line break."""
+
+
+class Here:
+    """Those on this host, which end with the `with` block.
+
+    Args:
+        module: What each runs.
+        arguments: Of each.
+        numbers: In the group; number 0 writes to this process's output.
+        environment: Beside this process's own; None removes a variable.
+        folder: Where they run; None: here.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        numbers: range,
+        environment: Mapping[str, str | None],
+        folder: Path | None = None,
+    ) -> None:
+        self.command = [sys.executable, "-m", module, *arguments]
+        self.numbers, self.where, self.folder = numbers, "", folder
+        self.environment = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Here":
+        self._logs = tempfile.TemporaryDirectory(prefix="molf-")
+        try:
+            for place, number in enumerate(self.numbers):
+                with contextlib.ExitStack() as stack:
+                    output = None if number == 0 else stack.enter_context(self._log(number).open("wb"))
+                    self._children.append(
+                        subprocess.Popen(
+                            self.command,
+                            env={**self.environment, "RANK": str(number), "LOCAL_RANK": str(place)},
+                            cwd=self.folder,
+                            stdin=subprocess.PIPE,  # never written to: it closes when this process is gone
+                            stdout=output,
+                            stderr=output,
+                            start_new_session=True,  # so that a terminal's interrupt comes once, from here
+                        )
+                    )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+        for child in self._children:
+            child.wait()
+            if child.stdin is not None:
+                child.stdin.close()
+        self._logs.cleanup()
+
+    def codes(self) -> list[int | None]:
+        return [child.poll() for child in self._children]
+
+    def signal(self, number: int) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    def tail(self, number: int) -> str:
+        path = self._log(number)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if path.is_file() else []
+        return "".join("\n" + line for line in lines)
+
+    def _log(self, number: int) -> Path:
+        return Path(self._logs.name) / f"process-{number}.log"
 
 
 @contextlib.contextmanager
-def _passing_on(children: "list[subprocess.Popen[bytes]]") -> Iterator[list[int]]:
-    """Passes requests to end on to the children, which may have work to save; yields the signals that came."""
+def passing_on(parts: Sequence[Part]) -> Iterator[list[int]]:
+    """Passes requests to end on to all processes, which may have work to save; yields the signals that came."""
     came: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
         came.append(number)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
+        for part in parts:
+            part.signal(number)
 
     if threading.current_thread() is not threading.main_thread():  # where no signal arrives
         yield came
@@ -117,26 +221,24 @@ def _passing_on(children: "list[subprocess.Popen[bytes]]") -> Iterator[list[int]
             signal.signal(number, handler)
 
 
-def _watch(children: "list[subprocess.Popen[bytes]]", notes: Path) -> None:
+def _watch(parts: Sequence[Part], store: "Store") -> None:
     """Returns when all have ended, or a while after one failed."""
     deadline = None
-    while any(child.poll() is None for child in children):
-        failed = (notes / FAILURE).exists() or any(child.returncode for child in children)
-        if failed and deadline is None:
+    while None in (codes := [code for part in parts for code in part.codes()]):
+        if deadline is None and (any(codes) or store.check([FAILURE])):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
             return
         time.sleep(0.05)
 
 
-def _raise_failure(children: "list[subprocess.Popen[bytes]]", notes: Path, asked: list[int]) -> None:
+def _raise_failure(parts: Sequence[Part], store: "Store", asked: list[int]) -> None:
     """Raises what ended the group, if it failed.
 
     A reason that was understood comes first: NCCL's watchdog aborts the others then. A defect comes after a signal: of
     one that was killed the others say only that they lost it. Beside an abort it may be the reason, and is shown.
     """
-    path = notes / FAILURE
-    failure = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": None, "problems": []}
+    failure = json.loads(store.get(FAILURE)) if store.check([FAILURE]) else {"kind": None, "problems": []}
     match failure["kind"]:
         case "UserError":
             raise UserError(failure["problems"])
@@ -146,43 +248,29 @@ def _raise_failure(children: "list[subprocess.Popen[bytes]]", notes: Path, asked
             raise Diverged("\n".join(failure["problems"]))
         case "RunError":
             raise RunError("\n".join(failure["problems"]))
-    for number, child in enumerate(children):
-        if child.poll() is not None and -child.returncode in asked:
+    count = sum(len(part.numbers) for part in parts)
+    each = [
+        (f"process {number} of {count}{part.where}", code, part.tail(number))
+        for part in parts
+        for number, code in zip(part.numbers, part.codes(), strict=True)
+    ]
+    for process, code, tail in each:
+        if code is not None and -code in asked:
             raise KeyboardInterrupt
-        if child.returncode is not None and child.returncode < 0:
-            name = signal.Signals(-child.returncode).name
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
             raise RunError(
-                f"process {number} of {len(children)} was ended by {name}"
+                f"{process} was ended by {name}"
                 + (", maybe for want of memory: lower training.batch_size" if name == "SIGKILL" else "")
                 + "".join(f"\n{line}" for line in failure["problems"] if name == "SIGABRT")
-                + _tail(notes, number)
+                + tail
             )
     if failure["problems"]:
         raise RunError("\n".join(failure["problems"]))
-    for number, child in enumerate(children):
-        if child.poll() != 0:
-            how = "did not end" if child.returncode is None else f"ended with exit code {child.returncode}"
-            raise RunError(f"process {number} of {len(children)} {how}{_tail(notes, number)}")
-
-
-def _end(children: "list[subprocess.Popen[bytes]]") -> None:
-    for child in children:
-        if child.poll() is None:
-            child.kill()
-    for child in children:
-        child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
-
-
-def _log(notes: Path, number: int) -> Path:
-    return notes / f"process-{number}.log"
-
-
-def _tail(notes: Path, number: int) -> str:
-    path = _log(notes, number)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if path.is_file() else []
-    return "".join("\n" + line for line in lines)
+    for process, code, tail in each:
+        if code != 0:
+            how = "did not end" if code is None else f"ended with exit code {code}"
+            raise RunError(f"{process} {how}{tail}")
 
 
 @contextlib.contextmanager
@@ -226,15 +314,15 @@ def _leave_note(error: BaseException) -> None:
     else:
         lines = "".join(traceback.format_exception(error)).rstrip()
         kind, problems = "defect", [f"process {os.environ['RANK']}:\n{lines}"]
-    folder = Path(os.environ[NOTES])
-    own = folder / f"failure-{os.environ['RANK']}.json"
-    own.write_text(json.dumps({"kind": kind, "problems": problems}), encoding="utf-8")
-    try:
-        os.link(own, folder / FAILURE)
-    except FileExistsError:
-        pass  # another one failed first
-    except OSError:  # a file system without links
-        own.replace(folder / FAILURE)
+    own_store().compare_set(FAILURE, "", json.dumps({"kind": kind, "problems": problems}))  # the first one stays
+
+
+def own_store() -> "Store":
+    """A new connection of a process that was started here to its group's store: the group's may be what failed."""
+    from torch.distributed import TCPStore
+
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=GRACE))
 
 
 def _end_with_parent() -> None:

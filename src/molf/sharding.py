@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from molf import estimate
-from molf.collective import agreed, gathered, rank, world_size
+from molf.collective import agreed, gathered, hosts, rank, world_size
 from molf.config import Training
 from molf.errors import RunError
 from molf.method_blocks import MethodBlock
@@ -57,14 +57,14 @@ def of(memory: Callable[[], estimate.Memory], block: MethodBlock, training: Trai
 
 
 def memory_of(processes: int) -> int:
-    """Bytes that each of so many processes has: a GPU's, or its part of this machine's."""
+    """Bytes that each of so many processes has: a GPU's, or its part of its host's, all being alike."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if path.is_file() and (limit := path.read_text().strip()).isdigit():
             total = min(total, int(limit))
-    return total // processes
+    return total // max(1, processes // hosts())
 
 
 def use_fsdp(accelerator: Any) -> None:

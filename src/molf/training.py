@@ -403,6 +403,7 @@ def train(
         "peak_memory_bytes": max(recorder.peak, *peaks),
         "peak_memory_bytes_of_all": sum(peaks),
         "processes": training.processes,
+        "hosts": collective.hosts(),
         "sharding": shared,
         "trained_parameters": trained,
         "total_parameters": total,

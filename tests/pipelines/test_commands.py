@@ -100,9 +100,12 @@ def test_a_failed_command_is_named_with_what_it_said(tmp_path: Path) -> None:
         (137, [], True, False),
         (143, [], True, False),
         (2, ["error: 1 problem"], False, False),
+        (255, ["failed: host b is gone", "ERROR: failed to run: python x, exited with 75"], True, False),
     ],
 )
-def test_only_a_kill_and_want_of_memory_can_pass(code: int, lines: list[str], may_pass: bool, memory: bool) -> None:
+def test_only_a_kill_a_lost_host_and_want_of_memory_can_pass(
+    code: int, lines: list[str], may_pass: bool, memory: bool
+) -> None:
     error = CommandFailed(["dvc"], code, lines)
     assert (error.may_pass, error.out_of_memory) == (may_pass, memory)
 

@@ -385,7 +385,12 @@ def _why_not_comparable(cells: Mapping[str, Sequence[Loaded]]) -> str | None:
 
 def _machine(hardware: Mapping[str, Any]) -> str:
     parts = hardware.get("micro_batches", 1)  # an earlier molf took each batch whole
-    return f"{hardware['name']} with {hardware['threads']} threads" + (f", batches in {parts} parts" * (parts > 1))
+    hosts = hardware.get("hosts", 1)
+    return (
+        f"{hardware['name']} with {hardware['threads']} threads"
+        + (f", batches in {parts} parts" * (parts > 1))
+        + (f", {hosts} such hosts" * (hosts > 1))
+    )
 
 
 def _front(methods: Sequence[Mapping[str, Any]], cost: str) -> list[str]:

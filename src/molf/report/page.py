@@ -252,6 +252,7 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
     machines = "; ".join(
         f"{h['name']}, threads: {h['threads']}"
         + (f" in each of {h['processes']} processes" if h.get("processes", 1) > 1 else "")
+        + (f" on {h['hosts']} such hosts" if h.get("hosts", 1) > 1 else "")
         for h in comparison["hardware"]
     )
     lines += ["", f"Made on: {literal(machines)}.", ""]

@@ -73,7 +73,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         "code": code,
         "git_commit": machine.git_commit(),
         "versions": versions,
-        "hardware": machine.hardware(budget.threads, budget.processes, parts),
+        "hardware": machine.hardware(budget.threads, budget.processes, parts, collective.hosts()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "generated_data": data["generated"],
     }
