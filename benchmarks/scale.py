@@ -26,6 +26,10 @@ from unittest.mock import patch
 from benchmarks import project
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.project import Sample, git
+from molf.blocks import SPLITS
+from molf.config import PARAMS, load_params
+from molf.paths import PREPARED, RATES, write_json
+from molf.tuning import choose
 from pipelines import checkout, graph
 from pipelines.graph import Job
 
@@ -72,6 +76,7 @@ def make_up(folder: Path) -> None:
                     file = path / name
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(f"{stage.name} {name}\n" * 20)
+        write_json(folder / RATES, choose(load_params(folder / PARAMS)))  # which cells' stages read for themselves
         locked: dict[str, Any] = {}
         with repo.lock:
             for stage in stages:
@@ -85,6 +90,8 @@ def _files(out: Path) -> Sequence[str]:
     """Names of the files that an output of a stage has, alike in number to the real ones."""
     if out.suffix:
         return ("",)
+    if out.is_relative_to(PREPARED):
+        return (*(f"{split}.parquet" for split in SPLITS), "rejected.parquet", "copies.parquet", "summary.json")
     return {
         "weights": ("model.safetensors", "config.json", "generation_config.json"),
         "train": ("history.parquet", "routing.parquet", "summary.json", "run.json"),

@@ -11,11 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from molf import tuning
 from molf.cli import run
 from molf.config import fingerprint, load_params
 from molf.lineage import Chain, State, find, plain, render, trace
 from molf.models import folder_hash
-from molf.paths import file_hash, read_json, write_json, write_parquet
+from molf.paths import RATES, file_hash, read_json, write_json, write_parquet
+from tests.report.fake import write_trial
 
 CELL = "tiny/fact/molf/seed-0"
 TRAIN, EVALUATION = Path("results") / CELL / "train", Path("results") / CELL / "evaluation"
@@ -276,3 +278,22 @@ def test_the_commit_is_looked_up(project: Path) -> None:
     assert (link.state, link.note) == (State.OK, "tracked files differed from it")
     edit(TRAIN / "run.json", lambda r: {**r, "git_commit": "1" * 40})
     assert states(chain())["git commit"] is State.AWAY
+
+
+def test_the_choice_of_learning_rates_is_checked_against_its_trials(project: Path) -> None:
+    data = read_json(Path("params.yaml"))
+    data["grid"]["tune"] = [0.5, 1.0]
+    Path("params.yaml").write_text(json.dumps(data))
+    params = load_params()
+    assert "grid.tune asks for a sweep" in {link.name: link.note for link in chain().links}["params"]
+    for trial in params.trials():
+        write_trial(Path(), params, trial, score=trial.factor / 2)
+    write_json(RATES, tuning.choose(params))
+    link = next(link for link in chain().links if link.name == "learning rates")
+    assert link.state is State.OK and link.value == "factor 1 of 2, by execution_accuracy on validation rows"
+    trial = next(trial for trial in params.trials() if trial.method == "molf")
+    write_trial(Path(), params, trial, score=0.49)
+    assert differing(chain()) == {"learning rates"}  # the choice stands, on other numbers
+    shutil.rmtree("sweeps")
+    link = next(link for link in chain().links if link.name == "learning rates")
+    assert link.state is State.AWAY and link.note == "dvc pull sweeps/tiny/fact/molf"

@@ -8,8 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from torch.distributed import HashStore
 
-from molf import tracking, training, tuning
+from molf import processes, tracking, training, tuning
+from molf.cli import run
 from molf.config import Params, cell_config, check_params, chosen_factor, load_params, read_yaml
 from molf.errors import Diverged, UserError
 from molf.paths import CHECKPOINTS, RATES, Cell, Trial, read_json, write_json
@@ -90,6 +92,17 @@ def test_factors_that_make_no_sweep_are_refused(tune: list[Any], said: str) -> N
     with pytest.raises(UserError, match="grid") as caught:
         params(tune)
     assert said in str(caught.value)
+
+
+def test_check_says_what_a_sweep_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = read_yaml(ROOT / "params.yaml")
+    data["grid"]["tune"] = [0.3, 1]
+    Path("params.yaml").write_text(json.dumps(data))
+    assert run(["check"]) == 0
+    assert "tune: 0.3, 1 times each rate, 24 trainings judged on validation rows" in capsys.readouterr().out
 
 
 def test_a_params_file_of_an_earlier_molf_is_told_what_to_write() -> None:
@@ -196,6 +209,14 @@ def test_a_trial_that_diverges_is_a_result(project: Path, monkeypatch: pytest.Mo
     run_stage("sweep", "tiny", "fact", "lora", "2")
     found = read_json(Path("sweeps/tiny/fact/lora/factor-2/trial.json"))
     assert found["diverged"] == "step 2: loss nan" and found["score"] is None
+
+
+def test_of_several_processes_the_divergence_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(processes, "own_store", lambda: store)
+    processes._leave_note(Diverged("step 2: loss nan"))
+    with pytest.raises(Diverged, match="step 2: loss nan"):
+        processes._raise_failure([], store, [])
 
 
 def test_an_interrupted_trial_keeps_its_checkpoint_until_another_begins(project: Path) -> None:

@@ -201,6 +201,9 @@ def check() -> None:
     print(f"params.yaml is fine: {len(params.cells())} cells")
     for axis in ("models", "tasks", "methods", "seeds"):
         print(f"  {axis}: {', '.join(map(str, getattr(grid, axis)))}")
+    if grid.tune:
+        factors = ", ".join(map(str, grid.tune))
+        print(f"  tune: {factors} times each rate, {len(params.trials())} trainings judged on validation rows")
     print("next: make run")
 
 

@@ -1,11 +1,14 @@
 """Sweeps of learning rates on the real DVC and as a flow: what runs, what is taken from the cache, what fails alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from molf.config import read_yaml
 from pipelines import checkout, graph
+from pipelines.exchange import Traffic, _take
+from pipelines.graph import Job
 from tests.conftest import ROOT
 from tests.pipelines.toy import Toy
 
@@ -101,6 +104,36 @@ def test_trials_and_their_choice_come_before_cells(tmp_path: Path) -> None:
     without = "\n".join(line for line in DOT.splitlines() if "sweep" not in line)
     found = graph.read(tmp_path, without)
     assert "choose" in found.before and not found.trials and not found.choose
+
+
+def test_another_machine_knows_trials_and_cells_by_the_parts_of_outputs_that_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial depends on a file of a folder, a cell on a value of a file: neither is there before it is brought."""
+    toy = Toy(tmp_path / "toy", tune=[0.3, 1.0], methods=["fft"])
+    config = toy.root / ".dvc/config"
+    config.write_text(f"{config.read_text()}    remote = disk\n['remote \"disk\"']\n    url = {tmp_path / 'remote'}\n")
+    toy.repro()
+    trial, [training, evaluation] = f"sweep@{FFT}-0.3", cells(FFT)
+    monkeypatch.chdir(toy.root)
+    traffic = Traffic()
+    assert traffic.needed([trial]) == ["data/prepared/fact", "models/tiny"]
+    assert traffic.needed([trial], looked_into=True) == ["data/prepared/fact"]
+    assert traffic.needed([training, evaluation], looked_into=True) == ["results/rates.json"]
+    traffic.repo.push(targets=traffic.needed([trial, training]))
+    for stage in (trial, training):
+        Traffic().put(stage)
+
+    away = ("cache", "tmp", "data", "models", "weights", "results", "reports", "tiny")
+    other = tmp_path / "other"
+    shutil.copytree(toy.root, other, ignore=shutil.ignore_patterns(*away))
+    checkout.narrow_lock(other, Job("", (), (), ()))
+    monkeypatch.chdir(other)
+    assert _take(Traffic(), [trial]) == [trial]
+    assert not (other / "models").exists(), "a finished trial's model was brought"
+    assert _take(Traffic(), [training, evaluation]) == [training]
+    for name in ("models/tiny", "results/rates.json", "weights/tiny/fact/fft/seed-0", "data/prepared/fact"):
+        assert (other / name).exists(), name
 
 
 @pytest.mark.acceptance

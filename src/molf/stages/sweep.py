@@ -43,8 +43,9 @@ def run() -> None:
     trial = find(params, names, factor)
     budget = params.training_for(trial.task)
 
-    from molf import processes
+    from molf import models, processes
 
+    models.quiet()  # before the libraries that it quiets are imported
     if processes.started():
         with processes.joined():
             train(trial, params, budget)
@@ -115,10 +116,7 @@ def train(trial: Trial, params: Params, budget: Training) -> None:
     Raises:
         Diverged: The loss or the gradients were no numbers.
     """
-    from molf import models
-
-    models.quiet()  # before the libraries that it quiets are imported
-    from molf import checkpoint, collective, memory, resume, training
+    from molf import checkpoint, collective, memory, models, resume, training
     from molf.batches import read_examples
 
     base, rows = MODELS / trial.model, PREPARED / trial.task / f"{params.trial_rows(trial.task)}.parquet"
