@@ -6,7 +6,9 @@ from torch import Tensor
 
 def singular_values(matrix: Tensor) -> Tensor:
     """Singular values, the largest first, float64, by the smaller Gram matrix; rounding errors of it become 0."""
-    return _decomposed(matrix)[0].sqrt()
+    values = torch.linalg.eigvalsh(_gram(matrix.double()))
+    floor = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return torch.where(values > floor, values, 0).flip(0).sqrt()
 
 
 def stable_rank(values: Tensor) -> float:
@@ -51,8 +53,9 @@ def excess_errors(a: Tensor, b: Tensor, spread: Tensor, share: float) -> Tensor:
     """
     if a.shape[0] > a.shape[1]:
         a, b, spread = a.T, b.T, spread.T
-    _, left = _decomposed(a)
-    ours, true, apart = left.T @ a.double(), left.T @ b.double(), left.T @ spread.double()
+    # Any orthonormal directions give unbiased errors, so that those of float32 will do.
+    left = torch.linalg.eigh(_gram(a))[1].flip(1)
+    ours, true, apart = ((left.T @ of).double() for of in (a, b, spread))
     noise = apart.square().sum(dim=1)
     start = (true.square().sum() - noise.sum()).view(1)
     errors = torch.cat([start, start + (ours.square() - 2 * ours * true).sum(dim=1).cumsum(0)])
@@ -61,10 +64,6 @@ def excess_errors(a: Tensor, b: Tensor, spread: Tensor, share: float) -> Tensor:
     return errors
 
 
-def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values, the largest first, and the vectors of the shorter side, one a column; both float64."""
-    matrix = matrix.double()
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    values, vectors = torch.linalg.eigh(gram)
-    floor = len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return torch.where(values > floor, values, 0).flip(0), vectors.flip(1)
+def _gram(matrix: Tensor) -> Tensor:
+    """The product of a matrix with its transpose, the smaller one."""
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
