@@ -487,7 +487,7 @@ def test_its_time_is_the_cells(base: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         (
             {"probe_steps": 1, "rho": 4.0},
-            r"1 batches hold \d+ tokens, 32 are needed for r 4 x rho 4; raise probe_steps",
+            r"rows of 1 steps hold \d+ tokens, 32 are needed for r 4 x rho 4; raise probe_steps",
         ),
         (
             {"probe_steps": 1, "use_label_mask": True},
@@ -502,8 +502,8 @@ def test_what_cannot_be_decomposed_is_refused(changes: dict[str, Any], said: str
 
 
 def test_directions_that_never_settle_end_the_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eva, "PASSES", 0)
-    with pytest.raises(RunError, match="did not settle in 0 rounds over 4 batches; lower tau"):
+    monkeypatch.setattr(eva, "ROUNDS", 1)
+    with pytest.raises(RunError, match="did not settle in 1 rounds; lower tau"):
         cell(base, tmp_path, "eva")
 
 

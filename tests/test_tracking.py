@@ -72,7 +72,7 @@ def content(root: Path, **tags: str) -> dict[str, Any]:
         ],
         "artifacts": {
             f"{folder}/{Path(file.path).name}"
-            for folder in ("train", "routing", "evaluation", "data", "tables")
+            for folder in ("train", "routing", "ranks", "evaluation", "data", "tables")
             for file in store.client.list_artifacts(run.info.run_id, folder)
         },
     }
@@ -89,6 +89,13 @@ def live(root: Path, rows: int = 7) -> None:
             run.log([row])
         run.finish(root / CELL.results)
     tracking.log_evaluation(root / CELL.results, "molf", root)
+
+
+def test_where_ranks_went_is_a_figure_of_the_run(params: Params, tmp_path: Path) -> None:
+    path = tmp_path / CELL.results / "train/summary.json"
+    write_json(path, {**read_json(path), "adaptation": {"ranks": {"model.layers.0.mlp.up_proj": 3}}})
+    live(tmp_path)
+    assert "ranks/heat_map.png" in content(tmp_path, kind="cell", cell=CELL.name)["artifacts"]
 
 
 def test_live_and_rebuilt_runs_are_alike(params: Params, tmp_path: Path, fresh: bytes) -> None:

@@ -45,6 +45,8 @@ def complete(store: Store, run_id: str, train: Path) -> None:
     store.log_files(run_id, "train", train / "run.json", train / "summary.json", train / "history.parquet")
     if (train / "routing.parquet").exists():
         _log_routing(store, run_id, train, run)
+    if (summary.get("adaptation") or {}).get("ranks"):
+        _log_ranks(store, run_id, train, Cell(**run["cell"]))
     tags = {
         "molf.warning": next(iter(summary.get("warnings", [])), None),
         "molf.energy_source": summary.get("energy_source"),
@@ -238,6 +240,18 @@ def _log_routing(store: Store, run_id: str, train: Path, run: Mapping[str, Any])
         name = named({"method": cell.method, "control": control(run["config"]["method"])})
         save(routing_heat_map({name: routing}, f"{cell.name}: where the updates went"), path)
         store.log_files(run_id, "routing", path)
+
+
+def _log_ranks(store: Store, run_id: str, train: Path, cell: Cell) -> None:
+    from molf.report.rank_figures import ranks_figure, read_ranks
+    from molf.report.style import save
+
+    table = read_ranks([train])
+    assert table is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "heat_map.png"
+        save(ranks_figure(f"{cell.name}: where the ranks went", {cell.method: table}), path)
+        store.log_files(run_id, "ranks", path)
 
 
 def _asked(metrics: Mapping[str, Any]) -> dict[str, Any]:

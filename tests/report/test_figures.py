@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import LogNorm
 
-from molf.paths import read_json, write_parquet
-from molf.report import comparison, figures, routing_figures, style, weight_figures
+from molf.paths import read_json, write_json, write_parquet
+from molf.report import comparison, figures, routing_figures, sheets, style, weight_figures
 from tests.report import fake
 
 METHODS = [("fft", "fft"), ("lora", "lora"), ("molf", "molf"), ("molf-e", "molf-e")]
@@ -61,6 +61,38 @@ def test_figures_of_what_lacks_are_left_out(tmp_path: Path) -> None:
     assert [figure["name"] for figure in drawn] == ["score", "loss", "routing", "share"]
     routing = routing_figures.read_routing(tmp_path / "results/tiny/sql/molf/seed-0/train")
     assert routing_figures.share_so_far(routing).empty
+
+
+def give_ranks(root: Path, method: str, by_seed: dict[int, dict[str, int]]) -> None:
+    """Says in a method's summaries what rank each module got."""
+    for seed, ranks in by_seed.items():
+        path = root / f"results/tiny/sql/{method}/seed-{seed}/train/summary.json"
+        write_json(path, {**read_json(path), "adaptation": {"ranks": ranks, "budget": sum(ranks.values())}})
+
+
+def test_ranks_are_drawn_where_a_method_moves_them(tmp_path: Path) -> None:
+    """The mean over seeds; a module that is left out has none; summaries of an earlier molf say nothing."""
+    params = fake.write_tree(tmp_path, fake.raw_params(("sql",), seeds=(0, 1)))
+    q, up = (f"model.layers.0.{kind}" for kind in ("self_attn.q_proj", "mlp.up_proj"))
+    deep = up.replace("0", "2")
+    give_ranks(tmp_path, "lora", {0: {q: 4, up: 8}, 1: {q: 6, up: 8, deep: 3}})
+    give_ranks(tmp_path, "molf-e", {0: {q: 16}, 1: {q: 16}})
+    result = comparison.build(params, tmp_path)
+    methods = {m["method"]: m for m in result["groups"][0]["methods"]}
+    assert methods["lora"]["ranks"] == {"low": 3, "mean": pytest.approx(5.8), "high": 8}
+    assert methods["fft"]["ranks"] is None
+    assert "ranks" not in comparison.flat(result)
+    drawn = {figure["name"]: figure for figure in figures.draw(result, tmp_path, tmp_path / "figures")}
+    svg = (tmp_path / "figures" / drawn["ranks"]["file"]).with_suffix(".svg").read_text()
+    for said in ("layer 0, self_attn.q_proj: lora, rank 5", "layer 2, mlp.up_proj: lora, rank 1.5"):
+        assert f"<title>{said}</title>" in svg
+    assert "<title>layer 0, mlp.up_proj: molf-e, rank 0</title>" in svg and "fft" not in svg
+    assert "ranks" in sheets.costs(result["groups"][0]).header
+    cells = {row[0][0]: row[-1] for row in sheets.costs(result["groups"][0]).rows}
+    assert cells["lora"] == ("3 to 8", 8) and cells["fft"] == sheets.UNKNOWN
+    for m in methods.values():  # as an earlier molf wrote comparison.json
+        del m["ranks"]
+    assert "ranks" not in sheets.costs(result["groups"][0]).header
 
 
 def test_looks_stay_with_the_kind_and_never_repeat() -> None:

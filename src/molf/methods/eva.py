@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,8 @@ from molf.methods import lora
 from molf.methods.sample import Sample
 from molf.models import to_device
 
-# How often PEFT may go through the batches before the directions that it needs have settled.
-PASSES = 20
+# How often PEFT may decompose the activations before two in a row agree on the directions; two do as a rule.
+ROUNDS = 20
 
 
 @dataclass
@@ -76,13 +77,13 @@ def prepare(model: PreTrainedModel, block: EvaMethod, sample: Sample | None) -> 
     if sample is not None:
         to_device(model, None)
         began = time.perf_counter()
-        _begin(adapted, block, grouped(sample.batches(block.probe_steps * sample.accumulation), block, 2 * most))
+        _begin(adapted, block, joined(sample.batches(block.probe_steps * sample.accumulation), block, 2 * most))
         adapted.start.seconds = time.perf_counter() - began
     adapted.train(training)
     return cast(PreTrainedModel, adapted)
 
 
-def _begin(adapted: Any, block: EvaMethod, batches: list[dict[str, Tensor]]) -> None:
+def _begin(adapted: Any, block: EvaMethod, batch: dict[str, Tensor]) -> None:
     """Gives ranks and A their start, and measures how much of the inputs' variance it explains."""
     from peft import EvaConfig, initialize_lora_eva_weights
 
@@ -90,10 +91,10 @@ def _begin(adapted: Any, block: EvaMethod, batches: list[dict[str, Tensor]]) -> 
 
     def forward(model: Any, inputs: dict[str, Tensor]) -> None:
         start.forwards += 1
-        if start.forwards > PASSES * len(batches) + 1:
+        if start.forwards > 1 + ROUNDS:  # the first only tells which modules have the same inputs
             raise RunError(
-                f"eva: the directions of the activations did not settle in {PASSES} rounds over {len(batches)} "
-                f"batches; lower tau ({block.tau:g}), or raise probe_steps"
+                f"eva: the directions of the activations did not settle in {ROUNDS} rounds; lower tau ({block.tau:g}) "
+                "or r x rho, or raise probe_steps"
             )
         run(model, inputs)
 
@@ -110,14 +111,14 @@ def _begin(adapted: Any, block: EvaMethod, batches: list[dict[str, Tensor]]) -> 
     )
     initialize_lora_eva_weights(
         adapted,
-        batches,
+        [batch],
         forward_fn=forward,
         gather_distributed_inputs=False,  # every process has all of them
         show_progress_bar=False,
     )
     config.init_lora_weights, config.eva_config = True, None  # from here on an ordinary adapter of unlike ranks
-    start.tokens = sum(int(counted(batch, block).sum()) for batch in batches)
-    start.explained, start.by_chance = _explained(adapted, block, batches)
+    start.tokens = int(counted(batch, block).sum())
+    start.explained, start.by_chance = _explained(adapted, block, batch)
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> None:
@@ -132,41 +133,29 @@ def counted(batch: dict[str, Tensor], block: EvaMethod) -> Tensor:
     return real & (batch["labels"] != IGNORED) if block.use_label_mask else real
 
 
-def grouped(batches: Sequence[dict[str, Tensor]], block: EvaMethod, least: int) -> list[dict[str, Tensor]]:
-    """Batches joined until each has the tokens that its decomposition needs; the rest joins the last.
+def joined(batches: Sequence[dict[str, Tensor]], block: EvaMethod, least: int) -> dict[str, Tensor]:
+    """The rows of several batches as one, left-padded to the longest.
 
-    PEFT passes over a batch with too few, and would wait for ever if all have.
+    PEFT decomposes batch by batch and goes round until two in a row agree on each direction. Where r x rho is no small
+    part of the width (64 of 192), batches of some hundred tokens rarely come to that in 60 forwards. All rows as one
+    batch agree at the second look, and however the micro-batches are cut, they are the same.
 
     Args:
         batches: Of the sample.
         block: Says which tokens count.
-        least: Tokens that each must have.
+        least: Tokens that PEFT's decomposition needs; with fewer it would wait for ever.
 
     Raises:
-        UserError: All together have too few.
+        UserError: There are fewer.
     """
-    groups: list[list[dict[str, Tensor]]] = [[]]
-    for batch in batches:
-        if _tokens(groups[-1], block) >= least:
-            groups.append([])
-        groups[-1].append(batch)
-    if len(groups) > 1 and _tokens(groups[-1], block) < least:
-        groups[-2] += groups.pop()
-    if (found := _tokens(groups[0], block)) < least:
+    found = sum(int(counted(batch, block).sum()) for batch in batches)
+    if found < least:
         what = "labelled tokens" if block.use_label_mask else "tokens"
         raise UserError(
-            f"eva: {len(batches)} batches hold {found} {what}, {least} are needed for r {block.r} x rho {block.rho:g}; "
-            f"raise probe_steps{', set use_label_mask to false' if block.use_label_mask else ''}, or lower r or rho"
+            f"eva: the rows of {block.probe_steps} steps hold {found} {what}, {least} are needed for r {block.r} x rho "
+            f"{block.rho:g}; raise probe_steps{', set use_label_mask to false' if block.use_label_mask else ''}, or "
+            "lower r or rho"
         )
-    return [_joined(group) for group in groups]
-
-
-def _tokens(batches: Sequence[dict[str, Tensor]], block: EvaMethod) -> int:
-    return sum(int(counted(batch, block).sum()) for batch in batches)
-
-
-def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows of several batches as one, left-padded to the longest."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
 
     def wide(value: Tensor, filler: int) -> Tensor:
@@ -177,60 +166,25 @@ def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _explained(
-    adapted: Any, block: EvaMethod, batches: Sequence[dict[str, Tensor]]
-) -> tuple[dict[str, float], dict[str, float]]:
+def _explained(adapted: Any, block: EvaMethod, batch: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
     """Share of the inputs' variance that lies in the span of A's rows, and in that of as many random directions."""
-    layers, generator = _layers(adapted), torch.Generator().manual_seed(0)
-    sums = {}
-    for name, layer in layers.items():
-        a = layer.lora_A["default"].weight.float()
-        chance = torch.randn(a.shape[1], a.shape[0], generator=generator).to(a.device)
-        sums[name] = Sums([torch.linalg.qr(a.T).Q, torch.linalg.qr(chance).Q])
-    mask = counted(batches[0], block)
+    generator, mask = torch.Generator().manual_seed(0), counted(batch, block)
+    own, chance = {}, {}
+
+    def look(module: Any, inputs: tuple[Tensor, ...], name: str) -> None:
+        a, x = module.lora_A["default"].weight.float(), inputs[0][mask].float()
+        x = x - x.mean(dim=0)
+        random = torch.randn(a.shape, generator=generator).to(a.device)
+        own[name], chance[name] = (
+            float((x @ torch.linalg.qr(rows.T).Q).square().sum() / x.square().sum()) for rows in (a, random)
+        )
+
     adapted.eval()
     with ExitStack() as hooks:
-        for name, layer in layers.items():
-
-            def add(module: Any, inputs: tuple[Tensor, ...], own: Sums = sums[name]) -> None:
-                own.add(inputs[0][mask])
-
-            hooks.callback(layer.register_forward_pre_hook(add).remove)
-        for batch in batches:
-            mask = counted(batch, block)
-            run(adapted, batch)
-    shares = {name: own.shares() for name, own in sums.items()}
-    return {name: own for name, (own, _) in shares.items()}, {name: chance for name, (_, chance) in shares.items()}
-
-
-class Sums:
-    """Of one module's inputs: what their variance, in all and within some directions, is computed from.
-
-    Args:
-        spans: Each the orthonormal columns of some directions: in x r.
-    """
-
-    def __init__(self, spans: Sequence[Tensor]) -> None:
-        self.spans = [span.double() for span in spans]
-        self.count = 0
-        self.sums: list[Any] = [0.0] * (1 + len(spans))  # of inputs, then of their coordinates in each span
-        self.squares: list[Any] = [0.0] * (1 + len(spans))
-
-    def add(self, inputs: Tensor) -> None:
-        """Tokens x in."""
-        inputs = inputs.double()
-        for i, part in enumerate([inputs, *(inputs @ span for span in self.spans)]):
-            self.sums[i] = self.sums[i] + part.sum(dim=0)
-            self.squares[i] = self.squares[i] + part.square().sum()
-        self.count += len(inputs)
-
-    def shares(self) -> list[float]:
-        """Of all variance, that within each span."""
-        every, *within = (
-            float(square - total.square().sum() / self.count)
-            for total, square in zip(self.sums, self.squares, strict=True)
-        )
-        return [part / every if every > 0 else 0.0 for part in within]
+        for name, layer in _layers(adapted).items():
+            hooks.callback(layer.register_forward_pre_hook(partial(look, name=name)).remove)
+        run(adapted, batch)
+    return own, chance
 
 
 def optimizer(model: PreTrainedModel, block: EvaMethod, training: Training) -> torch.optim.Optimizer:

@@ -22,7 +22,10 @@ from molf.report.verdicts import REFERENCE_KINDS, listed, paper_sentence, recomm
 from molf.tasks import TASKS
 
 # Of a method's numbers; not for the flat table, or not as they are.
-NESTED = ("control", "per_seed", "metrics", "errors", "routing_share", "warnings", "general", "weights", "over_base")
+NESTED = (
+    *("control", "per_seed", "metrics", "errors", "routing_share", "ranks", "warnings"),
+    *("general", "weights", "over_base"),
+)
 TOLERANCE = 1e-6  # between metrics.json and the score recomputed from predictions.parquet
 NAMED = 3  # cells that a sentence names; more are counted
 COSTS = ("train_seconds", "peak_memory_bytes")
@@ -442,6 +445,7 @@ def _method(by_seed: Mapping[int, Loaded], seeds: Sequence[int]) -> dict[str, An
         "weights": _mean_of([found["metrics"].get("weights") for found in cells]),
         "routing_share": share,
         "one_sided": any(r["one_sided"] for r in routed),
+        "ranks": _ranks(summaries),
         "warnings": list(
             dict.fromkeys(
                 [
@@ -452,6 +456,13 @@ def _method(by_seed: Mapping[int, Loaded], seeds: Sequence[int]) -> dict[str, An
             )
         ),
     }
+
+
+def _ranks(summaries: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Lowest, mean and highest rank of a module at the end, over the seeds; None where a method moves none."""
+    found = [(summary.get("adaptation") or {}).get("ranks") or {} for summary in summaries]  # an earlier molf has none
+    every = [rank for ranks in found for rank in ranks.values()]
+    return {"low": min(every), "mean": float(np.mean(every)), "high": max(every)} if every else None
 
 
 def _lacking_seeds(there: Iterable[int], seeds: Sequence[int]) -> Iterable[str]:

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from molf.paths import Cell
 from molf.report.controls import named, said
+from molf.report.rank_figures import ranks_figure, read_ranks
 from molf.report.rate_figures import rates_figure
 from molf.report.routing_figures import (
     expert_words,
@@ -74,7 +75,8 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
     with settings():
         for group in comparison["groups"]:
             histories, routings, weights = _records(group, root)
-            for drawn in _of_group(comparison, group, histories, routings, weights):
+            given = _ranks(group, root)
+            for drawn in _of_group(comparison, group, histories, routings, weights, given):
                 add(group["model"], group["task"], *drawn)
             names = {m["method"]: named(m) for m in group["methods"]}
             for method, routing in ((names[name], routing) for name, routing in routings.items()):
@@ -107,12 +109,24 @@ def _records(group: Mapping[str, Any], root: Path) -> tuple[dict[str, list[pd.Da
     return histories, routings, weights
 
 
+def _ranks(group: Mapping[str, Any], root: Path) -> dict[str, pd.DataFrame]:
+    """Ranks by module type and layer, of the methods that move them."""
+    found = {}
+    for m in group["methods"]:
+        cells = [Cell(group["model"], group["task"], m["method"], s["seed"]) for s in m["per_seed"]]
+        table = read_ranks([root / cell.results / "train" for cell in cells]) if m.get("ranks") else None
+        if table is not None:
+            found[m["method"]] = table
+    return found
+
+
 def _of_group(
     comparison: Mapping[str, Any],
     group: Mapping[str, Any],
     histories: Mapping[str, Sequence[pd.DataFrame]],
     routings: Frames,
     weights: Frames,
+    ranks: Frames,
 ) -> Iterator[Drawn]:
     """The figures of one model and task."""
     looks = styles([(m["method"], m["kind"]) for m in group["methods"]])
@@ -167,6 +181,13 @@ def _of_group(
             ratio_figure(_title(group, "how clear the choice was"), contested, {names[m]: looks[m] for m in looks}),
             "Score of the first expert over that of the best other; the higher score wins. Near 1 the choice was a "
             f"toss-up. The band holds 80 % of the layers. {beside}".strip(),
+        )
+    if ranks:
+        yield (
+            "ranks",
+            ranks_figure(_title(group, "where the ranks went"), ranks),
+            "Rank of each linear layer's adapter at the end of training, for the methods that share out a budget of "
+            "ranks. Yellow: the method found that this layer needs many directions.",
         )
     if weights:
         yield (

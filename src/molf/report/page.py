@@ -120,6 +120,7 @@ def _section(
         "controls": controls.said(group),
         "figures": figures,
         "routed": "routing" in names,
+        "ranked": "ranks" in names,
         "moved": "moved" in names,
         "examples_of": examples,
     }
@@ -261,6 +262,7 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
             "score": True,
             "cost": bool(group["pareto"]),
             "routing": any(m["routing_share"] for m in group["methods"]),
+            "ranks": any(m.get("ranks") for m in group["methods"]),
             "forgetting": any(m["general"] for m in group["methods"]),
         }
         for name in (name for name, there in kept.items() if there):

@@ -81,8 +81,9 @@ def scores(group: Mapping[str, Any], over_base: bool = True) -> Sheet:
 
 
 def costs(group: Mapping[str, Any]) -> Sheet:
-    """Time, speed, memory, sizes, energy where it is known, and where the updates went."""
+    """Time, speed, memory, sizes, energy where it is known, and where updates and ranks went."""
     energy = any(m["energy_joules"] is not None for m in group["methods"])
+    ranks = any(m.get("ranks") for m in group["methods"])
     header = ["method", "time", "tokens/s", "memory", "trained", "on disk", *(["energy"] if energy else [])]
     rows: list[list[Item]] = []
     for m in group["methods"]:
@@ -99,11 +100,12 @@ def costs(group: Mapping[str, Any]) -> Sheet:
                 *shown,
                 (seconds(m["evaluation_seconds"]), m["evaluation_seconds"]),
                 _routed(m),
+                *([_ranks(m)] if ranks else []),
             ]
         )
     sources = dict.fromkeys(m["energy_source"] for m in group["methods"] if m["energy_source"])
     note = f"Energy: {', '.join(sources)}." if sources else ""
-    return Sheet("Costs", [*header, "evaluation", "routed"], rows, note)
+    return Sheet("Costs", [*header, "evaluation", "routed", *(["ranks"] if ranks else [])], rows, note)
 
 
 def rates(group: Mapping[str, Any]) -> Sheet | None:
@@ -305,6 +307,12 @@ def _moved(weights: Mapping[str, float]) -> Iterable[Item]:
         (f"{weights['effective_rank']:.3g}", weights["effective_rank"]),
         (f"{weights['intruders']:.0f} of {weights['looked_at']:.0f}", share),
     ]
+
+
+def _ranks(method: Mapping[str, Any]) -> Item:
+    """From which rank of a module to which, where a method moves ranks."""
+    found = method.get("ranks")
+    return (f"{found['low']:g} to {found['high']:g}", found["high"]) if found else UNKNOWN
 
 
 def _routed(method: Mapping[str, Any]) -> Item:
