@@ -72,7 +72,7 @@ def test_the_relatives_of_lora_differ_from_it_in_what_they_are_and_are_no_refere
     params = check_params(presets.merged("rivals", raw()), "rivals")
     methods = {name: block.model_dump(mode="json") for name, block in params.methods.items()}
     assert {name: kind_of(methods[name]) for name in params.grid.methods} == {
-        **{name: name for name in ("fft", "molf", "molf-e", "dora", "pissa", "loraplus", "selected")},
+        **{name: name for name in ("fft", "molf", "molf-e", "dora", "pissa", "loraplus", "adalora", "eva", "selected")},
         **dict.fromkeys(("lora", "lora-classic", "rslora"), "lora"),
     }
     plain = methods["lora-classic"]

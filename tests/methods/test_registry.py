@@ -52,9 +52,9 @@ KINDS = {
     "lora": Kind({"r": 8, "learning_rate": 5e-3}, lambda _: 8 * PER_RANK),
     "molf": Kind({"r": [3]}, lambda whole: whole + 3 * PER_RANK, ("routing", "share", "ratio")),
     "molf-e": Kind({"r": [2, 6], "learning_rate": 5e-3}, lambda _: 8 * PER_RANK, ("routing", "share", "ratio")),
-    "adalora": Kind(ADAPTIVE["adalora"], lambda _: 6 * (PER_RANK + MODULES)),  # as many lambda as ranks
-    "eva": Kind(ADAPTIVE["eva"], lambda _: 4 * MODULES * (32 + 48), slack=4 * MODULES * (48 - 32)),
-    "selected": Kind(ADAPTIVE["selected"], lambda _: 4 * PER_RANK, slack=32 + 48),
+    "adalora": Kind(ADAPTIVE["adalora"], lambda _: 6 * (PER_RANK + MODULES), ("ranks",)),  # as many lambda as ranks
+    "eva": Kind(ADAPTIVE["eva"], lambda _: 4 * MODULES * (32 + 48), ("ranks",), slack=4 * MODULES * (48 - 32)),
+    "selected": Kind(ADAPTIVE["selected"], lambda _: 4 * PER_RANK, ("ranks",), slack=32 + 48),
 }
 
 
