@@ -22,7 +22,7 @@ def read_ranks(trains: Sequence[Path]) -> pd.DataFrame | None:
         None where the method moves no ranks, or an earlier molf trained it. A module that the record leaves out has
         none: 0.
     """
-    found = [(read_json(train / "summary.json").get("adaptation") or {}).get("ranks") for train in trains]
+    found = [(read_json(train / "summary.json").get("adaptation") or {}).get("ranks") or {} for train in trains]
     if not found or not all(found):
         return None
     rows = [(*place(module), i, rank) for i, ranks in enumerate(found) for module, rank in ranks.items()]
