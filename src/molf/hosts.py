@@ -148,12 +148,12 @@ def unlike(own: Mapping[str, Any], theirs: Mapping[str, Any], name: str, share: 
     found = []
     if theirs["code"] != own["code"]:
         found.append(
-            f"host {name} has other code (hash {theirs['code']}, here {own['code']}): bring the same commit there"
+            f"host {name} has other code (hash {theirs['code']}, the head {own['code']}): bring both to one commit"
         )
     pairs = {key: (own["versions"].get(key), theirs["versions"].get(key)) for key in own["versions"]}
-    other = [f"{key} {there}, here {here}" for key, (here, there) in pairs.items() if here != there]
+    other = [f"{key} {there}, on the head {here}" for key, (here, there) in pairs.items() if here != there]
     if other:
-        found.append(f"host {name} has other versions ({'; '.join(other)}): install the same there")
+        found.append(f"host {name} has other versions ({'; '.join(other)}): install the same on both")
     if (own["gpus"] > 0) != (theirs["gpus"] > 0) or 0 < theirs["gpus"] < share:
         found.append(
             f"host {name} has {theirs['gpus']} GPUs, the head {own['gpus']}, and each host needs {share}: lower "
