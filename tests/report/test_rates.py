@@ -8,6 +8,7 @@ import pytest
 from molf.errors import UserError
 from molf.paths import RATES, Trial, read_json, write_json
 from molf.report import comparison, page, sheets
+from molf.report.verdicts import limits
 from tests.report import fake
 from tests.report.conftest import compared
 
@@ -54,6 +55,19 @@ def test_page_terminal_and_markdown_show_the_sweeps(made: Path) -> None:
         assert "molf-e: its training diverged at factor 3 of its sweep" in said
     factors = comparison.flat(found).set_index("method")["learning_rate_factor"]
     assert factors.dropna().to_dict() == {"fft": 1.0, "lora": 3.0, "molf": 1.0, "molf-e": 1.0}
+
+
+def test_what_the_rates_leave_open_is_said(made: Path) -> None:
+    found = read_json(made / "reports/comparison.json")
+    said = [text for text in limits(found) if "learning rate" in text]
+    assert said == [
+        "The best learning rate of lora (tiny, sql) is at an end of the sweep; a wider one may find a better."
+    ]
+    assert "![sql: rates](figures/tiny-sql-rates.png)" in page.published_readme(found)
+    found["groups"][0]["sweeps"] = []
+    said = [text for text in limits(found) if "learning rates" in text]
+    assert len(said) == 1 and "grid.tune is empty" in said[0]
+    assert "rates.png" not in page.published_readme(found)
 
 
 def test_cells_at_other_rates_than_the_sweep_chose_are_refused(tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ def published_readme(comparison: Mapping[str, Any]) -> str:
             "routing": any(m["routing_share"] for m in group["methods"]),
             "ranks": any(m.get("ranks") for m in group["methods"]),
             "forgetting": any(m["general"] for m in group["methods"]),
+            "rates": bool(group.get("sweeps")),
         }
         for name in (name for name, there in kept.items() if there):
             lines += [f"![{group['task']}: {name}](figures/{group['model']}-{group['task']}-{name}.png)", ""]

@@ -292,7 +292,26 @@ def limits(comparison: Mapping[str, Any]) -> list[str]:
     generated = sorted({group["task"] for group in groups if group["generated"]})
     if generated:
         found.append(f"Data of {listed(generated)} is generated: a result on it says nothing about real data.")
-    return found + _of_costs(groups)
+    return [*found, *_of_rates(groups), *_of_costs(groups)]
+
+
+def _of_rates(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether a method may have been held back by its learning rate."""
+    if not any(group.get("sweeps") for group in groups):  # a comparison of an earlier molf has none
+        return [
+            "Every method ran at the learning rates of its block (grid.tune is empty, so no sweep chose them): one "
+            "that falls behind may do better at others."
+        ]
+    ends = [
+        f"{of['method']} ({group['model']}, {group['task']})"
+        for group in groups
+        for of in group["sweeps"]
+        if of["edge"] is not None
+    ]
+    if not ends:
+        return []
+    verb = "is" if len(ends) == 1 else "are"
+    return [f"The best learning rate of {listed(ends)} {verb} at an end of the sweep; a wider one may find a better."]
 
 
 def _of_seeds(seeds: int) -> str:
