@@ -309,6 +309,14 @@ def test_too_few_steps_are_refused_before_the_first(
     assert not (tmp_path / "weights").exists()
 
 
+def test_a_few_steps_can_be_timed() -> None:
+    block: Any = chosen("adalora").methods["adalora"]
+    assert adalora.phases(block.brief(), 2) == (0, 0)
+    assert block.brief().model_dump() == block.model_dump() | {"tinit": 0, "tfinal": 0, "deltaT": 1}
+    with pytest.raises(UserError):
+        adalora.phases(block, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

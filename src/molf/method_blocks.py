@@ -15,6 +15,10 @@ class MethodBase(Block):
         """How several processes cannot share a cell of it, each with the reason; what works is not in it."""
         return {}
 
+    def brief(self) -> Self:
+        """The same for a training of two steps or more that is only timed."""
+        return self
+
     def learning_rates(self) -> dict[str, float]:
         """Its learning rates by their keys, which are those that end so."""
         return {name: value for name, value in self if name.endswith("learning_rate")}
@@ -150,6 +154,9 @@ class AdaLoraMethod(MethodBase):
 
     def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
         return {"fsdp": "a rank's importance is seen on whole gradients"}
+
+    def brief(self) -> Self:
+        return self.model_copy(update={"tinit": 0.0, "tfinal": 0.0, "deltaT": 1})
 
 
 class EvaMethod(MethodBase):

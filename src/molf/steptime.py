@@ -23,7 +23,7 @@ def run() -> None:
     from molf import batches, training
     from molf.methods import METHODS
 
-    block = params.methods[method]
+    block = params.methods[method].brief()
     # The first step compiles and fills caches; it counts as a part of the start.
     budget = params.training_for(task).model_copy(update={"max_steps": int(steps) + 1})
     METHODS[block.kind].save = lambda *_: None  # type: ignore[attr-defined]  # gigabytes that nobody will read
