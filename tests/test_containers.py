@@ -50,12 +50,13 @@ def test_what_the_dockerfile_copies_is_there_and_the_code_comes_after_the_enviro
 
 def test_secrets_and_results_stay_out_of_the_image_and_of_git(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".dockerignore", tmp_path)
-    kept = ["dvc.yaml", "src/molf/nn.py", "data/.gitignore", ".dvc/config", ".env.example"]
+    kept = ["dvc.yaml", "src/molf/nn.py", "data/.gitignore", "sweeps/.gitignore", ".dvc/config", ".env.example"]
     left = [
         ".env",
         ".git/HEAD",
         "src/__pycache__/a.pyc",
         "results/a/b.json",
+        "sweeps/model/task/method/factor-0.3/trial.json",
         "data/general/x",
         ".dvc/cache/a",
         ".dvc/config.local",
