@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from molf import presets
-from molf.cli import run
+from molf.cli import lacking, run
 from molf.config import cell_config, check_params, fingerprint, load_params, read_yaml
 from molf.errors import UserError
 from molf.methods import METHODS
@@ -78,13 +78,14 @@ def test_the_relatives_of_lora_differ_from_it_in_what_they_are_and_are_no_refere
     plain = methods["lora-classic"]
     changes = {
         name: {key for key, value in methods[name].items() if value != plain[key]}
-        for name in ("rslora", "dora", "pissa", "loraplus")
+        for name in ("rslora", "dora", "pissa", "loraplus", "qlora")
     }
     assert changes == {
         "rslora": {"use_rslora", "lora_alpha"},
         "dora": {"use_dora", "lora_alpha"},
         "pissa": {"init_lora_weights", "weight_decay"},
         "loraplus": {"loraplus_lr_ratio", "learning_rate"},
+        "qlora": {"base_bits", "lora_alpha"},
     }
     assert kind_of({"kind": "lora", "use_dora": True, "loraplus_lr_ratio": 4.0}) == "dora-loraplus"
 
@@ -291,6 +292,17 @@ def test_moments_of_8_bits_without_their_library_are_named_with_their_key(
     assert said.startswith("error: 2 problems") and "tasks.sql" not in said
     for key in ("tasks.med.training.moments", "training.moments"):
         assert f"- {key}: 8bit needs torchao, which is not installed: .venv/bin/pip install '.[eightbit]'" in said
+
+
+def test_a_base_of_4_bits_without_its_library_is_named_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = raw()
+    data["methods"]["lora"]["base_bits"] = 4
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
+    )
+    with pytest.raises(UserError, match=r"methods.lora.base_bits: 4 needs bitsandbytes, .*pip install '.\[qlora\]'"):
+        lacking(check_params(data, "test"))
 
 
 def test_files_that_lack_are_all_named_before_anything_runs(

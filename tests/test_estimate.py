@@ -15,6 +15,7 @@ import torch
 from molf import estimate
 from molf.errors import UserError
 from molf.estimate import Memory, Shape
+from molf.methods import fourbit
 from tests.peaks import params_of
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,12 @@ def test_parts_are_those_of_the_method(base: Path) -> None:
         assert adapter.trained * 4 == adapter.parts["experts"] == adapter.saved
         assert adapter.parts["AdamW moments"] == 2 * adapter.parts["experts"]
         assert adapter.checkpoint == 3 * adapter.saved
+    packed = memory(base, cell | {"method": "lora", "block": {"base_bits": 4}})
+    linears = lora.phases["loading"]["weights"] - 4 * 4096 * 512  # the embedding is the head
+    assert packed.phases["loading"]["weights"] == lora.phases["loading"]["weights"] and packed.trained == lora.trained
+    assert lora.phases["saving"]["weights"] - packed.phases["saving"]["weights"] == pytest.approx(
+        (1 - fourbit.PER_WEIGHT / 4) * linears, rel=0.1
+    )
     pissa = memory(base, cell | {"method": "lora", "block": {"init_lora_weights": "pissa"}})
     assert (pissa.trained, pissa.saved, pissa.checkpoint) == (lora.trained, 2 * lora.saved, 4 * lora.saved)
     assert efficient.modules == molf.modules == 7 * 4 and not fft.modules and not lora.modules

@@ -1,7 +1,9 @@
 """LoRA's relatives: each is what its paper says, proves it, and ends as an adapter that loads to the trained model."""
 
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ from molf.checkpoint import Checkpoints
 from molf.config import check_params, read_yaml
 from molf.errors import Interrupted, RunError, UserError
 from molf.method_blocks import LoraMethod
-from molf.methods import lora, principal
-from molf.models import folder_hash, load_model, load_tokenizer
+from molf.methods import fourbit, lora, principal
+from molf.models import folder_hash, load_model, load_tokenizer, parameter_counts
 from molf.resume import Keeper
 from molf.training import Outcome, train
-from tests.conftest import ROOT, frame
+from tests.conftest import ROOT, SHAPE, frame, write_base
 from tests.test_resume import Stopper
 
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 6, "use_rslora": False, "learning_rate": 5e-3}
@@ -29,7 +31,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {**PLAIN, "init_lora_weights": "pissa"},
     "loraplus": {**PLAIN, "loraplus_lr_ratio": 16.0, "learning_rate": 5e-4},
 }
+if importlib.util.find_spec("bitsandbytes"):
+    VARIANTS["qlora"] = {**PLAIN, "base_bits": 4}
 every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose widths are whole blocks of 4-bit numbers."""
+    from transformers import LlamaConfig
+
+    return write_base(
+        tmp_path_factory.mktemp("base"), LlamaConfig(**SHAPE | {"hidden_size": 64}, intermediate_size=128)
+    )
 
 
 def cell(
@@ -62,9 +76,22 @@ def prepared(base: Path, name: str, dtype: torch.dtype = torch.float32, **change
 def logits(model: Any, base: Path) -> Tensor:
     tokenizer = load_tokenizer(base)
     ids = tokenizer(frame(4)["prompt"].tolist(), return_tensors="pt", padding=True)
+    # In training's mode: asked otherwise, bitsandbytes packs weights anew, for bfloat16 arithmetic.
+    for module in model.modules():
+        module.training = not isinstance(module, torch.nn.Dropout)
     with torch.no_grad():
-        found: Tensor = model.eval()(**ids).logits
+        found: Tensor = model(**ids, use_cache=False).logits
     return found
+
+
+def rounded(base: Path) -> Any:
+    """The base model with the targets' weights through 4 bits and back, by bitsandbytes' functions alone."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    model: Any = load_model(base, torch.float32)
+    for name in (n.removeprefix("base_model.model.") for n in lora.targets(prepared(base, "classic"))):
+        weight = model.get_submodule(name).weight
+        weight.data = functional.dequantize_nf4(*functional.quantize_nf4(weight.data, compress_statistics=True))
+    return model
 
 
 @pytest.fixture
@@ -101,6 +128,7 @@ def test_a_trained_cell_loads_to_the_model_that_was_trained(
             "dora": {"magnitude_change"},
             "pissa": {"start_error", "residual", "seconds"},
             "loraplus": {"rate_ratio", "rate_steps"},
+            "qlora": {"base_bits", "quantization_error"},
         }[name]
     )
     assert json.loads(json.dumps(found)) == found
@@ -117,7 +145,8 @@ def test_what_is_written_is_an_ordinary_adapter_over_the_original_base(name: str
     config = json.loads((tmp_path / "cell/weights/adapter_config.json").read_text())
     assert config["r"] == (6 if name == "pissa" else 3) and config["use_dora"] == (name == "dora")
     assert config["init_lora_weights"] is True  # a start of PiSSA's would take the base apart once more
-    unmerged = PeftModel.from_pretrained(load_model(base, torch.float32), tmp_path / "cell/weights")
+    over = load_model(base, torch.float32) if name != "qlora" else rounded(base)
+    unmerged = PeftModel.from_pretrained(over, tmp_path / "cell/weights")
     merged = lora.load(base, tmp_path / "cell/weights", torch.float32)
     torch.testing.assert_close(logits(unmerged, base), logits(merged, base), rtol=1e-4, atol=1e-5)
 
@@ -141,7 +170,8 @@ def test_it_trains_in_bfloat16(name: str, base: Path, tmp_path: Path, kept: list
     assert losses.tail(4).mean() < losses.head(4).mean()
     [(model, _, _)] = kept
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and trained
+    rounded_too = {torch.uint8} if name == "qlora" else set()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} | rounded_too and trained
     loaded = logits(lora.load(base, tmp_path / "cell/weights", torch.bfloat16), base).float()
     torch.testing.assert_close(loaded, logits(model, base).float(), rtol=0.1, atol=0.1)
 
@@ -149,9 +179,8 @@ def test_it_trains_in_bfloat16(name: str, base: Path, tmp_path: Path, kept: list
 @every_variant
 def test_the_first_loss_is_the_base_models(name: str, base: Path, tmp_path: Path) -> None:
     """Every adapter begins without effect, PiSSA's as well: what it takes from the weight it gives back."""
-    torch.testing.assert_close(
-        logits(prepared(base, name), base), logits(load_model(base, torch.float32), base), rtol=1e-4, atol=1e-5
-    )
+    original = rounded(base) if name == "qlora" else load_model(base, torch.float32)
+    torch.testing.assert_close(logits(prepared(base, name), base), logits(original, base), rtol=1e-4, atol=1e-5)
 
 
 # --- PiSSA -----------------------------------------------------------------------------------------------------------
@@ -201,9 +230,9 @@ def test_a_wrong_decomposition_is_found(base: Path, monkeypatch: pytest.MonkeyPa
 
 def test_more_singular_values_than_there_are_is_a_message(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"method lora does not fit this model: PiSSA takes 40 singular values \(r\), but"
+        UserError, match=r"method lora does not fit this model: PiSSA takes 70 singular values \(r\), but"
     ):
-        cell(base, tmp_path / "cell", "pissa", block={"r": 40})
+        cell(base, tmp_path / "cell", "pissa", block={"r": 70})
 
 
 def test_a_start_noted_elsewhere_counts_and_the_weights_follow(base: Path) -> None:
@@ -237,6 +266,55 @@ def test_lora_plus_steps_are_adamws_with_two_rates(base: Path, tmp_path: Path, k
     assert rates == {False: 5e-4, True: pytest.approx(8e-3)}
     assert type(optimizer) is torch.optim.AdamW
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.01}
+
+
+# --- QLoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_of_4_bits_takes_an_eighth_and_counts_as_what_it_holds(base: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install '.[qlora]')")
+    model, plain = prepared(base, "qlora"), prepared(base, "classic")
+    assert parameter_counts(model) == parameter_counts(plain)
+    for name, layer in lora.targets(model).items():
+        weight, whole = layer.base_layer.weight, plain.get_submodule(name).base_layer.weight
+        assert 8 * weight.numel() * weight.element_size() == whole.numel() * whole.element_size()
+        assert not weight.requires_grad and fourbit.dequantized(layer.base_layer).shape == whole.shape
+    assert 0.05 < model.quantization_error < 0.15
+
+
+def test_a_base_that_is_not_in_4_bits_is_named(base: Path, tmp_path: Path, kept: list[Any]) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install '.[qlora]')")
+    cell(base, tmp_path / "cell", "qlora")
+    [(model, optimizer, block)] = kept
+    layer = lora.targets(model)["base_model.model.model.layers.0.mlp.up_proj"]
+    layer.base_layer = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    with pytest.raises(RunError, match=r"1 of 14 modules have a base that is not in 4 bits \(.*layers.0.mlp.up_proj\)"):
+        lora.proof(model, optimizer, block)
+
+
+def test_a_base_that_4_bits_do_not_fit_is_refused(tied_base: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install '.[qlora]')")
+    with pytest.raises(ValueError, match="base_bits: 4 takes 64 inputs at a time, and base_model.* has 32"):
+        prepared(tied_base, "qlora")
+    honest = fourbit.dequantized
+    monkeypatch.setattr(fourbit, "dequantized", lambda linear: 0.6 * honest(linear))
+    with pytest.raises(
+        RunError, match="QLoRA: 4 bits lost 4[0-9] % of base_model.model.model.layers.0.self_attn.q_proj"
+    ):
+        prepared(base, "qlora")
+
+
+def test_4_bits_without_their_library_are_a_message(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="base_bits: 4 needs bitsandbytes, which is not installed: pip install"):
+        prepared(base, "classic", base_bits=4)
+
+
+def test_a_base_of_4_bits_is_refused_where_it_cannot_be() -> None:
+    for change in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(UserError, match="methods.lora: base_bits: 4 rounds the weight that"):
+            block_of("classic", base_bits=4, **change)
+    assert block_of("classic", base_bits=4).unfit() == {"fsdp": "a weight of 4 bits cannot be cut by rows"}
 
 
 # --- broken on purpose -----------------------------------------------------------------------------------------------

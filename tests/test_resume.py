@@ -465,6 +465,8 @@ def test_torchao_is_a_version_of_8_bit_trainings_alone(monkeypatch: pytest.Monke
     assert "torchao" not in plain and eight == plain | {"torchao": None}
     installed["torchao"] = "0.18"
     assert machine.versions() == plain and machine.versions("8bit") == plain | {"torchao": "0.18"}
+    installed["bitsandbytes"] = "0.50"
+    assert machine.versions() == plain and machine.versions(base_bits=4) == plain | {"bitsandbytes": "0.50"}
 
 
 def test_plain_data_and_tensors_come_back_as_they_were() -> None:

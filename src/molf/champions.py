@@ -468,7 +468,8 @@ def write(champion: Champion, directory: Path, force: bool) -> list[str]:
         made = cards.Made(
             cell, run, summary, metrics, tags.get("license", "unknown"), tags.get("data_license", "unknown"), options
         )
-        merge = made.adapter and run["model"]["kind"] != "hub"
+        rounded = run["config"]["method"].get("base_bits") is not None
+        merge = made.adapter and (rounded or run["model"]["kind"] != "hub")
         return export.write(made, directory, merge, force, place, {"lineage.txt": chain})
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -226,6 +226,12 @@ def lacking(params: Params) -> None:
             f"{key}: 8bit needs torchao, which is not installed: .venv/bin/pip install '.[eightbit]'; or use float32"
             for key in sorted(coded)
         ]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problems += [
+            f"methods.{name}.base_bits: 4 needs bitsandbytes, which is not installed: .venv/bin/pip install '.[qlora]'"
+            for name in params.grid.methods
+            if getattr(params.methods[name], "base_bits", None) is not None
+        ]
     problems += remote_credentials(Path(".dvc/config"))
     if problems:
         raise UserError(problems)

@@ -140,7 +140,7 @@ def cell_memory(
     """
     from transformers import AutoModelForCausalLM
 
-    from molf.methods import METHODS
+    from molf.methods import METHODS, fourbit
     from molf.models import weight_dtype
 
     dtype = weight_dtype(training.dtype)
@@ -156,6 +156,11 @@ def cell_memory(
         with FakeTensorMode():
             _to_fake(model)
             forward = _Tracker().step(model, shape, cuda and training.dtype == "auto", training.micro_batches()[1])
+    loaded = sizes["weights"]
+    if getattr(block, "base_bits", None) is not None:
+        packed = [module.base_layer.weight for module in model.modules() if hasattr(module, "base_layer")]
+        sizes["weights"] -= sum(round(w.numel() * (w.element_size() - fourbit.PER_WEIGHT)) for w in packed)
+        forward["unpacked weight"] = max(w.numel() * w.element_size() for w in packed)
     fixed = {"weights": sizes["weights"], "experts": sizes["experts"], "AdamW moments": sizes["moments"]}
     if block.kind == "adalora":  # two averages of each trained number, in float32
         fixed["importance"] = 8 * sizes["trained"]
@@ -164,7 +169,7 @@ def cell_memory(
         forward.pop("not reused")
     overhead = {} if cuda else {"kernels": KERNELS, "compiler": sizes["compiler"]}
     phases = {
-        "loading": {"weights": sizes["weights"], "checkpoint file": 0 if config.dtype == dtype else stored},
+        "loading": {"weights": loaded, "checkpoint file": 0 if config.dtype == dtype else stored},
         "forward and backward": {**fixed, **forward, **overhead},
         "optimizer step": {
             **fixed,

@@ -78,6 +78,11 @@ def write(
     from molf.methods import METHODS
 
     cell = made.cell
+    if made.adapter and not merge and made.run["config"]["method"].get("base_bits") is not None:
+        raise UserError(
+            f"{cell.name}: its adapter was trained over weights rounded to 4 bits, and PEFT alone would put it on the "
+            "unrounded ones; export it with --merge"
+        )
     weights = _checked_weights(made, root)
     base = _checked_base(made, root)
     directory = directory.resolve()

@@ -12,18 +12,19 @@ from typing import Any
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "molf")
 
 
-def versions(moments: str = "float32") -> dict[str, str | None]:
+def versions(moments: str = "float32", base_bits: int | None = None) -> dict[str, str | None]:
     """Versions of Python and of the libraries that shape a training; None: not installed.
 
     Args:
         moments: `training.moments`; 8-bit ones are torchao's, of which no other training depends.
+        base_bits: Of the method's block, likewise bitsandbytes'.
     """
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {name: metadata.version(name) for name in LIBRARIES}
-    if moments == "8bit":
-        found["torchao"] = None
+    for library in ["torchao"] * (moments == "8bit") + ["bitsandbytes"] * (base_bits is not None):
+        found[library] = None
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found["torchao"] = metadata.version("torchao")
+            found[library] = metadata.version(library)
     return found
 
 

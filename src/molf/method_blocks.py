@@ -53,6 +53,7 @@ class LoraMethod(MethodBase):
     # pissa: A and B begin at the weight's r largest singular values, the base keeps the rest (arXiv 2404.02948).
     init_lora_weights: Literal["default", "pissa"] = "default"
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's rate over learning_rate, A's: LoRA+ (arXiv 2402.12354)
+    base_bits: Literal[4] | None = None  # 4: the targets' frozen weights are NF4: QLoRA (arXiv 2305.14314)
 
     @model_validator(mode="after")
     def _fits(self) -> "LoraMethod":
@@ -61,7 +62,14 @@ class LoraMethod(MethodBase):
                 "use_dora: true takes its magnitudes from the base weight, which init_lora_weights: pissa takes apart; "
                 "use one of them"
             )
+        if self.base_bits is not None and (self.use_dora or self.init_lora_weights != "default"):
+            raise ValueError(
+                "base_bits: 4 rounds the weight that use_dora and init_lora_weights: pissa start from; leave these out"
+            )
         return self
+
+    def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
+        return {"fsdp": "a weight of 4 bits cannot be cut by rows"} if self.base_bits is not None else {}
 
 
 class MolfMethod(MethodBase):

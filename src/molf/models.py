@@ -164,9 +164,10 @@ def autocast(dtype: str) -> bool:
 
 
 def parameter_counts(model: "torch.nn.Module") -> tuple[int, int]:
-    """(trained parameters, all parameters); tied weights count once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    """(trained parameters, all parameters); tied weights count once, those of 4 bits as the numbers that they hold."""
+    parameters: list[Any] = list(model.parameters())
+    held = (p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(held)
 
 
 def folder_bytes(directory: Path) -> int:

@@ -2,10 +2,11 @@
 
 rsLoRA another scale (Kalajdzievski 2023, arXiv 2312.03732), DoRA a trained magnitude beside the direction (Liu et al.
 2024, arXiv 2402.09353), PiSSA another start (principal.py), LoRA+ a higher rate for B (Hayou, Ghosh and Yu 2024, arXiv
-2402.12354).
+2402.12354), QLoRA a base of 4 bits (fourbit.py).
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from molf.adamw import make_adamw, plain_adamw, plain_param_groups
 from molf.config import Training
 from molf.errors import RunError
 from molf.method_blocks import LoraMethod
-from molf.methods import principal
+from molf.methods import fourbit, principal
 from molf.methods.sample import Sample
 from molf.models import load_model
 from molf.nn import whole
@@ -42,6 +43,8 @@ def prepare(model: PreTrainedModel, block: LoraMethod, sample: Sample | None) ->
     adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
     if block.init_lora_weights == "pissa":
         adapted.pissa = principal.start(targets(adapted))
+    if block.base_bits is not None:
+        adapted.quantization_error = fourbit.quantize(targets(adapted))
     for layer in targets(adapted).values() if block.use_dora else ():
         layer.register_buffer("start_magnitude", magnitude(layer).detach().clone(), persistent=False)
     return cast(PreTrainedModel, adapted)
@@ -82,6 +85,9 @@ def save(model: PreTrainedModel, directory: Path, base: Path) -> None:
         config.base_model_name_or_path = str(base)
         for name in ("target_modules", "exclude_modules"):  # sets, whose order is another in each process
             setattr(config, name, sorted(getattr(config, name) or []) or None)
+    if hasattr(model, "quantization_error"):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / fourbit.NOTE).write_text(json.dumps({"bits": 4, "quant_type": "nf4"}) + "\n", encoding="utf-8")
     if not hasattr(model, "pissa"):
         model.save_pretrained(directory)
         return
@@ -98,11 +104,13 @@ def save(model: PreTrainedModel, directory: Path, base: Path) -> None:
 
 
 def load(base: Path, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads the base and merges the adapter into it."""
+    """Loads the base, rounded as it was in training, and merges the adapter into it."""
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(load_model(base, dtype), directory, autocast_adapter_dtype=False)
-    return adapted.merge_and_unload()
+    adapted: Any = PeftModel.from_pretrained(load_model(base, dtype), directory, autocast_adapter_dtype=False)
+    if (directory / fourbit.NOTE).is_file():
+        fourbit.round_trip(targets(adapted))
+    return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
 def stateful(model: PreTrainedModel) -> dict[str, Any]:
@@ -127,6 +135,9 @@ def proof(model: PreTrainedModel, optimizer: torch.optim.Optimizer, block: LoraM
         found["magnitude_change"] = _magnitude_change(layers, optimizer)
     if block.init_lora_weights == "pissa":
         found |= cast(Any, model).pissa
+    if block.base_bits is not None:
+        require(layers, fourbit.is_packed, "have a base that is not in 4 bits")
+        found |= {"base_bits": block.base_bits, "quantization_error": cast(Any, model).quantization_error}
     if block.loraplus_lr_ratio != 1:
         found |= cast(Any, model).rates.held(block.loraplus_lr_ratio)
     return found

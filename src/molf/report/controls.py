@@ -47,6 +47,7 @@ def kind_of(block: Mapping[str, Any]) -> str:
     of = {
         "dora": block.get("use_dora", False),
         "pissa": block.get("init_lora_weights") == "pissa",
+        "qlora": block.get("base_bits") is not None,
         "loraplus": block.get("loraplus_lr_ratio", 1) != 1,
     }
     return "-".join(name for name, holds in of.items() if holds) or str(block["kind"])

@@ -63,7 +63,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     rows = budget.micro_batches()[0]
     parts = rows // split.micro_batches()[0]
     model, code = models.describe(base), closure.code_hash("molf.stages.train")
-    versions = machine.versions(budget.moments)
+    versions = machine.versions(budget.moments, getattr(params.methods[cell.method], "base_bits", None))
     record: dict[str, Any] = {
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "fingerprint": fingerprint(config, data["data_hash"], model["hash"], code, versions),
