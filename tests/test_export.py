@@ -230,6 +230,15 @@ def test_what_is_not_here_is_named(project: Path, tmp_path: Path, capsys: pytest
     assert not Path(out).exists()
 
 
+def test_an_adapter_over_rounded_weights_is_exported_merged_or_not_at_all(project: Path, tmp_path: Path) -> None:
+    made = Made.read(cell("lora"), load_params())
+    made.run["config"]["method"]["base_bits"] = 4
+    with pytest.raises(UserError, match="trained over weights rounded to 4 bits, .*; export it with --merge"):
+        export.write(made, tmp_path / "out", merge=False, force=False)
+    assert not (tmp_path / "out").exists()
+    assert export.write(made, tmp_path / "out", merge=True, force=False)
+
+
 def test_weights_that_wait_elsewhere_are_exported(project: Path, tmp_path: Path) -> None:
     weights, elsewhere = cell("fft").weights, Path(".molf/weights/fft")
     shutil.copytree(weights, elsewhere)
