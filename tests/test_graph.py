@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 
-from molf.closure import BESIDE, PACKAGE, VIEWS, closure, code_hash, files, module_path
+from molf.closure import BESIDE, PACKAGE, VIEWS, closure, code_hash, files, module_path, of_method
 from molf.config import read_yaml
+from molf.method_blocks import KINDS
 
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 # What comes as a block's `path`, because a block that does not use the file need not depend on it.
 GENERATOR = {"src/molf/generate.py"}
+# What a stage reads without importing it.
+HASHED = {"code": [of_method(kind) for kind in KINDS]}
 BY_PATH = {"fetch": GENERATOR, "general": GENERATOR, "base": {"src/molf/tiny.py"}}
 
 
@@ -31,8 +34,8 @@ def declared(stage: str) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_declares_the_code_that_it_imports_and_no_other(stage: str) -> None:
     command = STAGES[stage].get("do", STAGES[stage])["cmd"].split()
-    needed = {str(path.relative_to(ROOT)) for name in closure(command[2]) for path in files(name)}
-    assert declared(stage) == needed
+    modules = set().union(*(closure(module) for module in (command[2], *HASHED.get(stage, ()))))
+    assert declared(stage) == {str(path.relative_to(ROOT)) for name in modules for path in files(name)}
 
 
 def test_no_stage_depends_on_all_params() -> None:
@@ -78,14 +81,14 @@ def test_the_closure_follows_late_imports_and_packages_but_not_those_for_the_typ
 
 
 def test_the_code_hash_changes_with_a_file_of_the_closure_only(package: Path) -> None:
-    before = code_hash("pkg.a", package)
+    before = code_hash("pkg.a", package=package)
     (package / "d.py").write_text("x = 1\n")
-    assert code_hash("pkg.a", package) == before
+    assert code_hash("pkg.a", package=package) == before
     (package / "sub" / "c.py").write_text("import csv\n")
-    changed = code_hash("pkg.a", package)
+    changed = code_hash("pkg.a", package=package)
     assert changed != before
     for leftover in ("b.py~", "b.py.orig", "b.swp", "b.cpp.bak"):
         (package / leftover).write_text("an editor's\n")
-    assert code_hash("pkg.a", package) == changed
+    assert code_hash("pkg.a", package=package) == changed
     (package / "b.cpp").write_text("// what b compiles\n")
-    assert code_hash("pkg.a", package) != changed
+    assert code_hash("pkg.a", package=package) != changed

@@ -38,10 +38,19 @@ def closure(module: str, package: Path = PACKAGE) -> set[str]:
     return seen
 
 
-def code_hash(module: str, package: Path = PACKAGE) -> str:
-    """sha256 over the files of all of `closure(module)`, as 16 hexadecimal digits."""
+def of_method(kind: str) -> str:
+    """The module of a kind of method, which `molf.methods` imports by this name and no `closure` sees.
+
+    So a stage's closure holds the code of no method, and what depends on one's adds its own: a cell of LoRA is not
+    trained anew for what another method is made of.
+    """
+    return f"molf.methods.{kind.replace('-', '_')}"
+
+
+def code_hash(*modules: str, package: Path = PACKAGE) -> str:
+    """sha256 over the files of all of the modules' closures, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name in sorted(closure(module, package)):
+    for name in sorted(set().union(*(closure(module, package) for module in modules))):
         for path in files(name, package):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

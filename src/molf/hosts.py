@@ -128,9 +128,11 @@ def facts(package: Path) -> dict[str, Any]:
     import torch
 
     from molf import closure, machine
+    from molf.method_blocks import KINDS
 
+    methods = [closure.of_method(kind) for kind in KINDS]
     return {
-        "code": " ".join(closure.code_hash(stage, package) for stage in STAGES),
+        "code": " ".join(closure.code_hash(stage, *methods, package=package) for stage in STAGES),
         "versions": machine.versions("8bit"),
         "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
     }

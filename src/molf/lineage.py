@@ -128,9 +128,10 @@ def trace(cell: Cell, params: Params) -> Chain:
     if metrics and metrics.get("general"):
         links.append(_general(cell, metrics["general"]))
     if run is not None:
-        links.append(_code("training code", "molf.stages.train", run["code"], run["git_commit"]))
+        own = closure.of_method(run["config"]["method"]["kind"])
+        links.append(_code("training code", ["molf.stages.train", own], run["code"], run["git_commit"]))
     if metrics:
-        links.append(_code("evaluation code", "molf.stages.evaluate", metrics["code"], seen.get("git_commit")))
+        links.append(_code("evaluation code", ["molf.stages.evaluate"], metrics["code"], seen.get("git_commit")))
     commit = run["git_commit"] if run else seen.get("git_commit")
     key = run["fingerprint"] if run else metrics["fingerprint"]
     links += [_commit(commit), _mlflow(key, params, noted.get("mlflow_run"))]
@@ -420,10 +421,10 @@ def _files(name: str, files: list[tuple[Path, str]]) -> Link:
     return Link(name, value, place, State.OK)
 
 
-def _code(name: str, module: str, recorded: str, commit: str | None) -> Link:
+def _code(name: str, modules: list[str], recorded: str, commit: str | None) -> Link:
     where = f"; `git checkout {commit.rstrip('+')}` has it" if commit else ""
-    same = closure.code_hash(module) == recorded
-    return _compared(name, f"hash {recorded}", module, same, f"the code here is another{where}")
+    same = closure.code_hash(*modules) == recorded
+    return _compared(name, f"hash {recorded}", " ".join(modules), same, f"the code here is another{where}")
 
 
 def _commit(commit: str | None) -> Link:

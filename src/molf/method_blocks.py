@@ -1,6 +1,6 @@
 """The blocks that params.yaml may hold below `methods`, one class for each kind."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from molf.optim import Decider, Scope, contradiction
 
 class MethodBase(Block):
     """What every method block may say."""
+
+    adapter: ClassVar[bool] = False  # whether its weights are a small file beside the base model
 
     def unfit(self) -> dict[Literal["ddp", "fsdp"], str]:
         """How several processes cannot share a cell of it, each with the reason; what works is not in it."""
@@ -40,6 +42,7 @@ class FftMethod(MethodBase):
 class LoraMethod(MethodBase):
     """One LoRA adapter by PEFT on all linear layers but the excluded, or a relative that changes one thing of it."""
 
+    adapter = True
     kind: Literal["lora"]
     r: Count
     lora_alpha: Positive
@@ -107,6 +110,7 @@ class MolfMethod(MethodBase):
 class MolfEfficientMethod(MethodBase):
     """MoLF with a frozen base: each module's update goes to one of several LoRA experts."""
 
+    adapter = True
     kind: Literal["molf-e"]
     r: Annotated[list[Count], Field(min_length=2)]
     lora_alpha: Positive
@@ -132,6 +136,7 @@ class MolfEfficientMethod(MethodBase):
 class AdaLoraMethod(MethodBase):
     """AdaLoRA by PEFT: adapters that begin too wide and are cut, in training, to a budget of ranks."""
 
+    adapter = True
     kind: Literal["adalora"]
     target_r: Count  # mean rank of a module at the end
     init_r: Count  # rank of each at the start; the paper's is 1.5 times the end's
@@ -170,6 +175,7 @@ class AdaLoraMethod(MethodBase):
 class EvaMethod(MethodBase):
     """LoRA by PEFT that begins at the directions of the data's activations, with ranks where these explain most."""
 
+    adapter = True
     kind: Literal["eva"]
     r: Count  # mean rank of a module
     rho: Annotated[float, Field(ge=1)]  # a module's rank may be so many times r
@@ -193,6 +199,7 @@ class SelectedMethod(MethodBase):
     Its budget is what uniform LoRA of rank `r` trains on all layers, or a share of that.
     """
 
+    adapter = True
     kind: Literal["selected"]
     r: Count
     budget: Annotated[float, Field(gt=0, le=1)]  # share of uniform LoRA's trained parameters that is spent
@@ -214,3 +221,8 @@ MethodBlock = Annotated[
     FftMethod | LoraMethod | MolfMethod | MolfEfficientMethod | AdaLoraMethod | EvaMethod | SelectedMethod,
     Field(discriminator="kind"),
 ]
+
+# The classes by their kinds.
+KINDS: dict[str, type[MethodBase]] = {
+    get_args(block.model_fields["kind"].annotation)[0]: block for block in get_args(get_args(MethodBlock)[0])
+}

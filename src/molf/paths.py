@@ -17,6 +17,7 @@ RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
 CARDS = Path("data/cards")
 GENERAL = Path("data/general")
+CODE = Path("data/code.json")  # of the methods, as hashes
 MODELS = Path("models")
 WEIGHTS = Path("weights")
 SWEEPS = Path("sweeps")
@@ -32,6 +33,7 @@ OUTPUTS = (
     PREPARED,
     CARDS,
     GENERAL,
+    CODE,
     MODELS,
     WEIGHTS,
     SWEEPS,

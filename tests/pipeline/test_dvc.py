@@ -17,6 +17,7 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
             "prepare@fact",
             "base@tiny",
             "general",
+            "code",
             "baseline@tiny-fact",
             "choose",
             *(f"{stage}@{cell}" for stage in ("train", "evaluate") for cell in cells),
@@ -29,13 +30,21 @@ def test_a_change_reruns_what_it_touches_and_nothing_else(project: Project) -> N
     assert project.repro("compare") == []
 
     project.edit({"methods.lora.r": 2})
-    assert project.repro("compare") == ["train@tiny-fact-lora-0", "evaluate@tiny-fact-lora-0", "compare"]
+    lora = ["train@tiny-fact-lora-0", "evaluate@tiny-fact-lora-0", "compare"]
+    assert project.repro("compare") == ["code", *lora]  # whose hashes are as they were
     config = json.loads((project.root / "results/tiny/fact/lora/seed-0/train/run.json").read_text())["config"]
     assert config["method"]["r"] == 2
 
     page = project.root / "src/molf/report/page.py"
     page.write_text(page.read_text() + "\n# changed\n")
     assert project.repro("compare") == ["compare"]
+
+    # A new method's file trains nothing anew, a changed one what is made of it.
+    methods = project.root / "src/molf/methods"
+    (methods / "another.py").write_text('"""Another method."""\n')
+    assert project.repro("compare") == ["code"]
+    (methods / "lora.py").write_text((methods / "lora.py").read_text() + "\n# changed\n")
+    assert project.repro("compare") == ["code", *lora]
 
     # A licence and the words of cards and of lineage train nothing anew.
     for name in ("cards", "lineage", "notes"):

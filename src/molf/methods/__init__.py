@@ -1,4 +1,4 @@
-"""The adaptation methods, one file each, every file the same functions in the same order.
+"""The adaptation methods, one file each, named as its block's kind; all have the same functions in the same order.
 
 prepare(model, block, sample) -> model      what is trained, what is frozen
 optimizer(model, block, training) -> ...    with its parameter groups, in the precision that `training` asks for
@@ -22,23 +22,18 @@ proof(model, optimizer, block) -> dict      after the last step, before `save`, 
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
-from molf.methods import adalora, eva, fft, lora, molf, molf_e, selected
+from molf.closure import of_method
+from molf.method_blocks import KINDS
 
-METHODS: dict[str, ModuleType] = {
-    "fft": fft,
-    "lora": lora,
-    "molf": molf,
-    "molf-e": molf_e,
-    "adalora": adalora,
-    "eva": eva,
-    "selected": selected,
-}
+# By the names of their blocks' kinds. Not imported by statements: a new file changes no other method's code.
+METHODS: dict[str, ModuleType] = {kind: import_module(of_method(kind)) for kind in KINDS}
 
 # Kinds whose weights are a small file beside the base model (`training.keep: adapter-only`).
-ADAPTERS = frozenset({"lora", "molf-e", "adalora", "eva", "selected"})
+ADAPTERS = frozenset(kind for kind, block in KINDS.items() if block.adapter)
 
 
 def optional(

@@ -217,7 +217,11 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Loaded], base: Loaded |
     for what, hashes in (
         ("data", {cell.name: found["run"]["data"]["hash"] for cell, found in cells.items()}),
         ("models", {cell.name: found["run"]["model"]["hash"] for cell, found in cells.items()}),
-        ("versions of molf's code", {cell.name: found["run"]["code"] for cell, found in cells.items()}),
+        ("versions of molf's code", {cell.name: _shared_code(found["run"]) for cell, found in cells.items()}),
+        *(
+            (f"versions of the code of {method}", {cell.name: cells[cell]["run"]["code"] for cell in seeds})
+            for method, seeds in _by_method(cells).items()
+        ),
         ("library versions", {cell.name: fingerprint(found["run"]["versions"]) for cell, found in cells.items()}),
     ):
         if len(set(hashes.values())) > 1:
@@ -250,6 +254,19 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Loaded], base: Loaded |
     ]
     if any(texts != general[0] for texts in general):
         yield f"{where}: the general loss was measured on unlike texts"
+
+
+def _by_method(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.method, []).append(cell)
+    return found
+
+
+def _shared_code(run: Mapping[str, Any]) -> str:
+    """Hash of the code that trains every method; an earlier molf told it from no method's own."""
+    shared: str = run.get("shared_code", run["code"])
+    return shared
 
 
 def provenance(cell: Cell, found: Loaded) -> dict[str, Any]:

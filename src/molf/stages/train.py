@@ -62,7 +62,8 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
     config, split = cell_config(params, cell), memory.split(budget, memory.parts_asked())
     rows = budget.micro_batches()[0]
     parts = rows // split.micro_batches()[0]
-    model, code = models.describe(base), closure.code_hash("molf.stages.train")
+    model, own = models.describe(base), closure.of_method(params.methods[cell.method].kind)
+    code = closure.code_hash("molf.stages.train", own)
     versions = machine.versions(budget.moments, getattr(params.methods[cell.method], "base_bits", None))
     record: dict[str, Any] = {
         "cell": {"model": cell.model, "task": cell.task, "method": cell.method, "seed": cell.seed},
@@ -71,6 +72,7 @@ def train_cell(cell: Cell, params: Params, budget: Training) -> None:
         "data": notes.data_record(data, params.tasks[cell.task].license),
         "model": model,
         "code": code,
+        "shared_code": closure.code_hash("molf.stages.train"),  # of all methods alike
         "git_commit": machine.git_commit(),
         "versions": versions,
         "hardware": machine.hardware(budget.threads, budget.processes, parts, collective.hosts()),
