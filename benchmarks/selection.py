@@ -140,5 +140,7 @@ def _facts(settings: Settings) -> tuple[dict[str, Tensor], list[dict[str, Tensor
 
 
 def _block(budget: float) -> SelectedMethod:
-    like = method_block("lora").model_dump() | {"kind": "selected", "r": UNIFORM, "probe_steps": PROBED}
+    of_lora = method_block("lora").model_dump().items()
+    like = {key: value for key, value in of_lora if key in SelectedMethod.model_fields}
+    like |= {"kind": "selected", "r": UNIFORM, "probe_steps": PROBED}
     return SelectedMethod(**like, budget=budget, share=SHARE, exponent=0.5)
