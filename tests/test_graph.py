@@ -1,5 +1,6 @@
 """dvc.yaml declares what the stages really import, and the closure that says so sees every import."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ def test_no_stage_depends_on_all_params() -> None:
 def test_another_general_text_evaluates_anew_and_trains_nothing() -> None:
     deps = {name: stage.get("do", stage)["deps"] for name, stage in STAGES.items()}
     assert [name for name, named in deps.items() if "data/general" in named] == ["baseline", "evaluate"]
+
+
+def test_another_methods_code_trains_no_cell_anew(tmp_path: Path) -> None:
+    package = tmp_path / "molf"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def hashes() -> dict[str, str]:
+        found = {kind: code_hash(of_method(kind), package=package) for kind in KINDS}
+        return found | {"all": code_hash("molf.stages.train", "molf.stages.sweep", package=package)}
+
+    before = hashes()
+    (package / "methods/another.py").write_text("from molf import nn\n")
+    assert hashes() == before
+    with (package / "methods/fft.py").open("a") as file:
+        file.write("# changed\n")
+    assert {name for name, value in hashes().items() if value != before[name]} == {"fft"}
+    with (package / "methods/sample.py").open("a") as file:  # which all import
+        file.write("# changed\n")
+    assert {name for name, value in hashes().items() if value != before[name]} == {*KINDS, "all"}
+    assert {"lora", "fft"} <= set(KINDS) and code_hash(of_method("lora")) != code_hash(of_method("fft"))
 
 
 def test_views_are_modules_that_exist() -> None:
