@@ -88,14 +88,14 @@ def between(ran: Sequence[Ran], start: float, end: float) -> dict[str, float]:
         end: When it ended.
 
     Returns:
-        Seconds of the cells' stages, of the other stages, from the start to the first stage, between a cell's stage
-        and what came before it, and of the rest; together the whole.
+        Seconds of the cells' stages, of the other stages, from the start to the first stage, between two of the cells'
+        stages, and of the rest, what comes before the first cell included; together the whole.
     """
     cells = sum(one.seconds for one in ran if one.of_cell)
     others = sum(one.seconds for one in ran if not one.of_cell)
     first = ran[0].start - start if ran else end - start
     pairs = zip(ran, ran[1:], strict=False)
-    gaps = sum(later.start - earlier.end for earlier, later in pairs if later.of_cell)
+    gaps = sum(later.start - earlier.end for earlier, later in pairs if earlier.of_cell and later.of_cell)
     rest = end - start - cells - others - first - gaps
     return {"cells": cells, "other_stages": others, "to_the_first_stage": first, "between_cells": gaps, "rest": rest}
 

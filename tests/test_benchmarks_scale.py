@@ -28,12 +28,13 @@ def test_seconds_of_a_run_are_shared_out_without_rest_or_overlap() -> None:
         Ran("compare", 147.0, 150.0, 3.0),
     ]
     found = flow.between(ran, 4.0, 160.0)
-    # Before the training lie 3 seconds, before its evaluation 2; before and after the comparison 7 and 10.
-    expected = {"cells": 120.0, "other_stages": 8.0, "to_the_first_stage": 6.0, "between_cells": 5.0, "rest": 17.0}
+    # Before the first training lie 3 seconds, which belong to no cell; before its evaluation 2; before and after the
+    # comparison 7 and 10.
+    expected = {"cells": 120.0, "other_stages": 8.0, "to_the_first_stage": 6.0, "between_cells": 2.0, "rest": 20.0}
     assert found == expected and sum(found.values()) == 156.0
     assert flow.between([], 4.0, 9.0)["to_the_first_stage"] == 5.0
     assert flow.added(found, {**found, "between_cells": 1.2}) == {
-        "share": 5 / 120,
+        "share": 2 / 120,
         "share_of_plain_dvc": 0.01,
         "limit": 0.05,
         "met": True,
