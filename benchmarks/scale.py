@@ -28,7 +28,7 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.project import Sample, git
 from molf.blocks import SPLITS
 from molf.config import PARAMS, load_params
-from molf.paths import PREPARED, RATES, write_json
+from molf.paths import CODE, PREPARED, RATES, write_json
 from molf.tuning import choose
 from pipelines import checkout, graph
 from pipelines.graph import Job
@@ -76,7 +76,9 @@ def make_up(folder: Path) -> None:
                     file = path / name
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(f"{stage.name} {name}\n" * 20)
-        write_json(folder / RATES, choose(load_params(folder / PARAMS)))  # which cells' stages read for themselves
+        params = load_params(folder / PARAMS)  # two files that cells' stages read a part of
+        write_json(folder / RATES, choose(params))
+        write_json(folder / CODE, dict.fromkeys(params.methods, "0" * 16))
         locked: dict[str, Any] = {}
         with repo.lock:
             for stage in stages:
