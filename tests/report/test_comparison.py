@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from molf import presets
 from molf.config import Params, check_params
 from molf.errors import UserError
 from molf.paths import Cell, read_json, write_json, write_parquet
@@ -333,6 +334,23 @@ def test_the_papers_own_score_is_judged_beside_the_primary(params: Params, tmp_p
     )
     assert [v["outcome"] for v in sql["paper"]["verdicts"]] == ["holds", "fails"]
     assert "of fft and lora fft is better (+0.250 [" in sql["paper"]["sentence"]
+
+
+def test_molf_efficient_is_held_against_adaptive_lora_on_the_papers_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = fake.raw_params(("sql",))
+    blocks = presets.differences("rivals")["methods"]
+    raw["methods"] |= {name: blocks[name] for name in ("adalora", "eva", "selected")}
+    raw["grid"]["methods"] = ["molf-e", "adalora", "eva", "selected"]
+    for name, right in (("adalora", 10), ("eva", 22), ("selected", 10)):
+        monkeypatch.setitem(fake.RIGHT, name, right)
+    params = fake.write_tree(tmp_path, raw)
+    said = build(params, tmp_path)["groups"][0]["paper"]["sentence"].split(": ", 1)[1].split("; ")
+    assert [part.split(" (")[0] for part in said] == [
+        "of molf-e and adalora molf-e is better",
+        "molf-e and eva cannot be told apart",
+    ]
 
 
 def test_thousands_of_examples_take_seconds(tmp_path: Path) -> None:

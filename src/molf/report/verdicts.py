@@ -13,6 +13,7 @@ from molf.report.statistics import Interval, Outcome, non_inferiority
 # MoLF must keep up with both of these kinds, each on its own: never with the better of two picked from the same data.
 REFERENCE_KINDS = ("fft", "lora")
 CANDIDATE_KINDS = ("molf", "molf-e")
+ADAPTIVE_KINDS = ("adalora", "eva")  # what MoLF-Efficient claims to beat: earlier LoRA whose ranks move
 NAMED = 3  # cells that lack which a sentence names; more are counted
 SAME_MEMORY = 1.02  # peaks within so much of the least count as equal: they differ from run to run
 
@@ -238,7 +239,7 @@ def _on_molf(comparison: Mapping[str, Any]) -> str:
 
 
 def paper_sentence(metric: str, group: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
-    """What the paper's own score says: of MoLF, and which of full fine-tuning and LoRA is better.
+    """What the paper's own score says: of MoLF, of fft against lora, of MoLF-Efficient against adaptive LoRA.
 
     Args:
         metric: Name of the score.
@@ -246,16 +247,24 @@ def paper_sentence(metric: str, group: Mapping[str, Any], judged: Sequence[Mappi
         judged: The verdicts on it.
     """
     kinds = {m["method"]: m["kind"] for m in group["methods"]}
-    parts = [verdict["sentence"] for verdict in judged]
-    for d in group["differences"]:
-        if (kinds[d["method"]], kinds[d["versus"]]) == REFERENCE_KINDS and not _whole(d, group):
-            parts.append(f"of {d['method']} and {d['versus']} cells lack ({signed(d)}{_on_seeds(d, group)})")
-        elif (kinds[d["method"]], kinds[d["versus"]]) == REFERENCE_KINDS:
-            better = d["method"] if d["low"] > 0 else d["versus"] if d["high"] < 0 else None
-            pair = f"{d['method']} and {d['versus']}"
-            said = f"of {pair} {better} is better" if better else f"{pair} cannot be told apart"
-            parts.append(f"{said} ({signed(d)})")
+    beside = {m["method"] for m in group["methods"] if m.get("control")}
+    asked = [REFERENCE_KINDS, *(("molf-e", kind) for kind in ADAPTIVE_KINDS)]
+    pairs = [
+        d
+        for d in group["differences"]
+        if (kinds[d["method"]], kinds[d["versus"]]) in asked and d["method"] not in beside
+    ]
+    parts = [verdict["sentence"] for verdict in judged] + [_which(d, group) for d in pairs]
     return f"On the paper's own score, {metric}: {'; '.join(parts) or 'no two methods to compare'}"
+
+
+def _which(d: Difference, group: Mapping[str, Any]) -> str:
+    """Which of two methods is better, if any surely is and no cell of them lacks."""
+    pair = f"{d['method']} and {d['versus']}"
+    if not _whole(d, group):
+        return f"of {pair} cells lack ({signed(d)}{_on_seeds(d, group)})"
+    better = d["method"] if d["low"] > 0 else d["versus"] if d["high"] < 0 else None
+    return f"{f'of {pair} {better} is better' if better else f'{pair} cannot be told apart'} ({signed(d)})"
 
 
 def limits(comparison: Mapping[str, Any]) -> list[str]:
