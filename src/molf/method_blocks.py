@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from molf.blocks import Block, Count, Fraction, NotNegative, Positive
+from molf.nn import Forward
 from molf.optim import Decider, Scope, contradiction
 
 
@@ -84,7 +85,7 @@ class MolfMethod(MethodBase):
     use_rslora: bool
     lora_dropout: Fraction
     exclude_modules: list[str]
-    forward: Literal["auto", "effective", "dense"]
+    forward: Forward
     top_k: Count  # experts that win in each module and step
     score: Literal["epd", "pfn"]
     score_per: Scope = "module"  # else an ablation: one score over all modules of a layer, or of the model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Forward = Literal["auto", "effective", "dense"]  # how a target computes its output (DESIGN.md, section 2)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class MoLFConfig:
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     exclude_modules: tuple[str, ...] = ("lm_head",)  # likewise
     train_base: bool = True  # whether the full weight is an expert (MoLF) or frozen (MoLF-Efficient)
-    forward: Literal["auto", "effective", "dense"] = "auto"
+    forward: Forward = "auto"
 
     def __post_init__(self) -> None:
         problems = []

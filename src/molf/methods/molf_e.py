@@ -8,44 +8,19 @@ from transformers import PreTrainedModel
 from molf.config import Training
 from molf.method_blocks import MolfEfficientMethod
 from molf.methods import lora
+from molf.methods.molf import experts, routed_adamw
 from molf.methods.sample import Sample
-from molf.nn import MoLFConfig, apply_molf, save_peft_adapter
-from molf.optim import MoLFAdamW, molf_param_groups
+from molf.nn import apply_molf, save_peft_adapter
 
 
 def prepare(model: PreTrainedModel, block: MolfEfficientMethod, sample: Sample | None) -> PreTrainedModel:
     """Gives each target its experts and freezes all else."""
-    config = MoLFConfig(
-        r=tuple(block.r),
-        lora_alpha=block.lora_alpha,
-        use_rslora=block.use_rslora,
-        lora_dropout=block.lora_dropout,
-        exclude_modules=tuple(block.exclude_modules),
-        train_base=False,
-        forward="dense",
-    )
-    return apply_molf(model, config)
+    return apply_molf(model, experts(block, train_base=False, forward="dense"))
 
 
 def optimizer(model: PreTrainedModel, block: MolfEfficientMethod, training: Training) -> torch.optim.Optimizer:
     """The routed AdamW over the experts."""
-    groups = molf_param_groups(
-        model,
-        lr=block.learning_rate,
-        lora_lr=block.learning_rate,
-        weight_decay=block.weight_decay,
-        lora_weight_decay=block.weight_decay,
-    )
-    return MoLFAdamW(
-        groups,
-        eps=1e-8,
-        top_k=block.top_k,
-        score=block.score,
-        moments=training.moments,
-        score_per=block.score_per,
-        winners=block.winners,
-        seed=torch.initial_seed(),  # the cell's: every process sets it before the model is made
-    )
+    return routed_adamw(model, block, training, block.learning_rate, block.weight_decay)
 
 
 def before_clip(model: PreTrainedModel) -> None:
