@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molf import MoLFConfig, apply_molf, molf_modules, molf_param_groups
+from molf import MoLFAdamW, MoLFConfig, apply_molf, molf_modules, molf_param_groups
 
 STEPS = 30
 LR, LORA_LR, DECAY, LORA_DECAY, CLIP = 2e-2, 3e-2, 0.1, 0.05, 1.0
@@ -60,13 +60,18 @@ def network(ranks: tuple[int, ...], forward: str = "auto", train_base: bool = Tr
     model = Net(depth).double()
     config = MoLFConfig(r=ranks, lora_alpha=3.0, train_base=train_base, forward=forward)  # type: ignore[arg-type]
     model = apply_molf(model, config)
-    with torch.no_grad():  # B away from zero, so that both halves of the experts matter from the first step
+    disturb(model, 0.05)
+    return model
+
+
+def disturb(model: nn.Module, spread: float) -> None:
+    """Takes each B away from zero, so that both halves of the experts matter from the first step."""
+    with torch.no_grad():
         for _, module in molf_modules(model):
             for s, a, b in zip(module.scaling, module.lora_A, module.lora_B, strict=True):
-                b.normal_(0, 0.05)
+                b.normal_(0, spread)
                 if module.is_effective:
                     module.weight.add_(s * b @ a)
-    return model
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -90,6 +95,28 @@ def run(
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
         optimizer.step()
         after(step)
+
+
+def assert_equals(model: nn.Module, optimizer: MoLFAdamW, oracle: "Transcription") -> None:
+    """Trains both on the same batches: the winners of every step are the same, and all parameters at the end."""
+    winners: list[list[list[bool]]] = []
+
+    def keep(step: int) -> None:
+        assert optimizer.last_routing is not None
+        winners.append(optimizer.last_routing.winners.tolist())
+
+    run(model, optimizer, batches(), after=keep)
+    assert winners == oracle.train(batches())
+    for name, module in molf_modules(model):
+        layer = oracle.layers[name]
+        mine = [module.base_weight(), *module.lora_A, *module.lora_B]
+        theirs = [layer["W"], *layer["A"], *layer["B"]]
+        if module.bias is not None:
+            mine, theirs = [*mine, module.bias], [*theirs, layer["b"]]
+        for left, right in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(left.detach(), right, rtol=0, atol=1e-9)
+    for name, tensor in oracle.other.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), tensor, rtol=0, atol=1e-9)
 
 
 class Transcription:

@@ -30,6 +30,7 @@ from tests.oracle import (
     LR,
     Net,
     Transcription,
+    assert_equals,
     batches,
     groups,
     network,
@@ -64,21 +65,7 @@ def test_it_equals_the_literal_equations(
     model = network(ranks, forward, train_base, depth=2)
     oracle = Transcription(model, ranks, k, score, train_base, **other)
     optimizer = MoLFAdamW(groups(model), top_k=k, score=score, **other)
-    winners: list[list[list[bool]]] = []
-
-    def keep(step: int) -> None:
-        assert optimizer.last_routing is not None
-        winners.append(optimizer.last_routing.winners.tolist())
-
-    run(model, optimizer, batches(), after=keep)
-    assert winners == oracle.train(batches())
-    for name, module in molf_modules(model):
-        mine = [module.base_weight(), *module.lora_A, *module.lora_B]
-        theirs = [oracle.layers[name]["W"], *oracle.layers[name]["A"], *oracle.layers[name]["B"]]
-        for left, right in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(left.detach(), right, rtol=0, atol=1e-9)
-    for name, tensor in oracle.other.items():
-        torch.testing.assert_close(model.get_parameter(name).detach(), tensor, rtol=0, atol=1e-9)
+    assert_equals(model, optimizer, oracle)
 
 
 def choices(depth: int = 2, steps: int = 30, ranks: tuple[int, ...] = (3,), **options: Any) -> Tensor:

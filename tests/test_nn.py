@@ -22,6 +22,7 @@ from molf import (
     molf_to_peft,
     save_peft_adapter,
 )
+from tests.oracle import disturb
 
 
 def model() -> nn.Sequential:
@@ -32,12 +33,7 @@ def model() -> nn.Sequential:
 def disturbed(config: MoLFConfig) -> nn.Module:
     """With B away from its zero start."""
     net = apply_molf(model(), config)
-    with torch.no_grad():
-        for _, module in molf_modules(net):
-            for s, a, b in zip(module.scaling, module.lora_A, module.lora_B, strict=True):
-                b.normal_(0, 0.1)
-                if module.is_effective:
-                    module.weight.add_(s * b @ a)
+    disturb(net, 0.1)
     return net
 
 

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from molf import MoLFAdamW, MoLFConfig, apply_molf, kernels, merge_molf, molf_modules, molf_param_groups
-from tests.oracle import CLIP, DECAY, LORA_DECAY, LORA_LR, LR, Transcription, batches, groups, network, run
+from tests.oracle import (
+    CLIP,
+    DECAY,
+    LORA_DECAY,
+    LORA_LR,
+    LR,
+    Transcription,
+    assert_equals,
+    batches,
+    groups,
+    network,
+    run,
+)
 
 CASES = [
     # ranks, k, score, forward, base trained
@@ -47,23 +59,7 @@ def test_free_run_equals_the_literal_equations(
     model = network(ranks, forward, train_base)
     oracle = Transcription(model, ranks, k, score, train_base)
     optimizer = MoLFAdamW(groups(model), top_k=k, score=score, backend=backend)
-    winners: list[list[list[bool]]] = []
-
-    def keep(step: int) -> None:
-        assert optimizer.last_routing is not None
-        winners.append(optimizer.last_routing.winners.tolist())
-
-    run(model, optimizer, batches(), after=keep)
-    assert winners == oracle.train(batches())
-    for name, module in molf_modules(model):
-        layer = oracle.layers[name]
-        torch.testing.assert_close(module.base_weight(), layer["W"], rtol=0, atol=1e-9)
-        for mine, theirs in zip([*module.lora_A, *module.lora_B], [*layer["A"], *layer["B"]], strict=True):
-            torch.testing.assert_close(mine.detach(), theirs, rtol=0, atol=1e-9)
-        if module.bias is not None:
-            torch.testing.assert_close(module.bias.detach(), layer["b"], rtol=0, atol=1e-9)
-    for name, tensor in oracle.other.items():
-        torch.testing.assert_close(model.get_parameter(name).detach(), tensor, rtol=0, atol=1e-9)
+    assert_equals(model, optimizer, oracle)
 
 
 def test_the_winner_changes_during_a_run_that_the_equations_confirm() -> None:
