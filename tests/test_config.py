@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from molf import presets
-from molf.cli import lacking, run
+from molf.cli import run
+from molf.commands import lacking
 from molf.config import cell_config, check_params, fingerprint, load_params, read_yaml
 from molf.errors import UserError
 from molf.methods import METHODS

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from molf import tracking
-from molf.cli import remote_credentials
 from molf.cli import run as molf
+from molf.commands import remote_credentials
 from molf.config import check_params, read_yaml
 from molf.errors import RunError, UserError, main
 from molf.secrets import concealed, holds_credential, is_secret

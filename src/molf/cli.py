@@ -1,24 +1,13 @@
-"""`molf`: the pipeline's command line. Each command is short and says what to type next."""
+"""`molf`: the pipeline's command line, what can be typed. What it does is in `commands`."""
 
 import argparse
-import configparser
-import contextlib
-import importlib.util
-import io
-import json
-import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from molf import records, secrets
-from molf.config import PARAMS, SOURCES_LOCK, NewTokens, Params, load_params
-from molf.errors import RunError, UserError, main
-from molf.paths import REPORTS, own_tools
-from molf.problems import CREDENTIAL
+from molf import commands
+from molf.config import NewTokens
+from molf.errors import main
 
 
 def entry() -> None:
@@ -35,15 +24,15 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="molf", description="Fine-tune with FFT, LoRA and MoLF, and see which to use on your data."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
+    parsers = parser.add_subparsers(dest="command", required=True)
+    parsers.add_parser(
         "run",
         help="bring everything up to date (dvc repro) and print the comparison",
         epilog="next: open reports/report.html; `molf show` prints the comparison again, `molf lineage CELL` follows a "
         "score back to its source, `molf predict CELL FILE` asks a trained model",
     )
-    commands.add_parser("check", help="look for mistakes in params.yaml")
-    look = commands.add_parser("inspect", help="look at a data file: its task, what is wrong, the block to paste")
+    parsers.add_parser("check", help="look for mistakes in params.yaml")
+    look = parsers.add_parser("inspect", help="look at a data file: its task, what is wrong, the block to paste")
     look.add_argument("file", help="JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; a path, a URL or a folder")
     look.add_argument(
         "--split-of", action="append", default=[], metavar="SPLIT=FILE", help="the file of validation or test"
@@ -53,11 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     look.add_argument("--rows", type=int, default=3, metavar="N", help="first rows to print (default 3)")
     look.add_argument("--first", type=int, metavar="N", help="look at the first N rows of each file only")
     look.add_argument("--yaml", action="store_true", help="print the block alone")
-    estimate = commands.add_parser("estimate", help="say what memory, disk and time the grid needs")
+    estimate = parsers.add_parser("estimate", help="say what memory, disk and time the grid needs")
     estimate.add_argument("--probe", type=int, default=2, metavar="N", help="optimizer steps to time (default 2)")
     estimate.add_argument("--no-probe", action="store_true", help="memory and disk only, in seconds")
     estimate.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
-    probe = commands.add_parser("probe", help="look at the gradients, and forecast which method wins and which rank")
+    probe = parsers.add_parser("probe", help="look at the gradients, and forecast which method wins and which rank")
     probe.add_argument("--model", help="one model of the grid (default: all)")
     probe.add_argument("--task", help="one task of the grid (default: all)")
     probe.add_argument("--batches", type=int, default=32, metavar="N", help="batches to look at (default 32)")
@@ -67,25 +56,25 @@ def run(arguments: Sequence[str]) -> int:
     probe.add_argument(
         "--check", nargs="*", type=Path, metavar="FOLDER", help="how often forecasts hit (default: all comparisons)"
     )
-    commands.add_parser("show", help="print the last comparison")
-    compare = commands.add_parser("compare", help="fail if a score fell since a git revision: a gate for CI")
+    parsers.add_parser("show", help="print the last comparison")
+    compare = parsers.add_parser("compare", help="fail if a score fell since a git revision: a gate for CI")
     compare.add_argument("--against", metavar="REVISION", help="such as main, HEAD~1, a tag")
     compare.add_argument("--json", action="store_true", help="all numbers, and which examples were lost and won")
-    preset = commands.add_parser("preset", help="apply a preset to params.yaml and show what changes")
+    preset = parsers.add_parser("preset", help="apply a preset to params.yaml and show what changes")
     preset.add_argument("name", nargs="?", help="without it, the presets are listed")
     preset.add_argument("--dry-run", action="store_true", help="only show what would change")
-    commands.add_parser("pin", help="pin hub revisions and URLs in sources.lock")
-    lineage = commands.add_parser("lineage", help="follow a cell's score back to its source, and check every hash")
+    parsers.add_parser("pin", help="pin hub revisions and URLs in sources.lock")
+    lineage = parsers.add_parser("lineage", help="follow a cell's score back to its source, and check every hash")
     lineage.add_argument(
         "cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S; METHOD base: the model as it came"
     )
     lineage.add_argument("--json", action="store_true", help="all links as JSON")
-    export = commands.add_parser("export", help="write a cell's model into a folder that transformers or PEFT loads")
+    export = parsers.add_parser("export", help="write a cell's model into a folder that transformers or PEFT loads")
     export.add_argument("cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S")
     export.add_argument("directory", type=Path, help="new or empty")
     export.add_argument("--merge", action="store_true", help="write the whole model instead of an adapter")
     export.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
-    predict = commands.add_parser("predict", help="answer a file of prompts with a cell's model")
+    predict = parsers.add_parser("predict", help="answer a file of prompts with a cell's model")
     predict.add_argument(
         "cell", help="as the report shows it: MODEL/TASK/METHOD/seed-S; METHOD base: the model as it came"
     )
@@ -100,18 +89,18 @@ def run(arguments: Sequence[str]) -> int:
     )
     predict.add_argument("--rows", type=int, metavar="N", help="the first N rows only")
     predict.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: as in evaluation)")
-    promote = commands.add_parser("promote", help="make each task's best model that passes the gate its champion")
+    promote = parsers.add_parser("promote", help="make each task's best model that passes the gate its champion")
     promote.add_argument("--task", help="one task of the grid (default: all)")
     promote.add_argument("--dry-run", action="store_true", help="only say what would happen")
-    champion = commands.add_parser("champion", help="say which model is a task's champion, or write it into a folder")
+    champion = parsers.add_parser("champion", help="say which model is a task's champion, or write it into a folder")
     champion.add_argument("--task", required=True)
     champion.add_argument("--previous", action="store_true", help="the one before it")
     champion.add_argument("--out", type=Path, metavar="FOLDER", help="new or empty: where to write it")
     champion.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
-    commands.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
-    ui = commands.add_parser("ui", help="open MLflow's page")
+    parsers.add_parser("track", help="add every run that MLflow lacks, from the files of results/")
+    ui = parsers.add_parser("ui", help="open MLflow's page")
     ui.add_argument("--port", type=int, default=5000)
-    join = commands.add_parser("join", help="train cells together with another host, where they are run")
+    join = parsers.add_parser("join", help="train cells together with another host, where they are run")
     join.add_argument("meet", metavar="ADDRESS:PORT", help="what MOLF_MEET says there")
     join.add_argument(
         "--minutes",
@@ -120,9 +109,9 @@ def run(arguments: Sequence[str]) -> int:
         metavar="N",
         help="that this waits for a cell (default 60)",
     )
-    publish = commands.add_parser("publish", help="copy the last comparison and its params into a folder to commit")
+    publish = parsers.add_parser("publish", help="copy the last comparison and its params into a folder to commit")
     publish.add_argument("directory", type=Path)
-    data = commands.add_parser("data", help="look at versions of the data sets").add_subparsers(
+    data = parsers.add_parser("data", help="look at versions of the data sets").add_subparsers(
         dest="action", required=True
     )
     diff = data.add_parser("diff", help="show which rows and reasons of rejection changed since a git revision")
@@ -134,429 +123,45 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     match options.command:
         case "run":
-            return main(repro)
+            return main(commands.repro)
         case "check":
-            return main(check)
+            return main(commands.check)
         case "inspect":
-            return main(lambda: inspect_file(options))
+            return main(lambda: commands.inspect_file(options))
         case "estimate":
-            return main(lambda: estimate_grid(None if options.no_probe else options.probe, options.json))
+            return main(lambda: commands.estimate_grid(None if options.no_probe else options.probe, options.json))
         case "probe":
-            return main(lambda: probe_grid(options))
+            return main(lambda: commands.probe_grid(options))
         case "show":
-            return main(show)
+            return main(commands.show)
         case "compare":
-            return main(lambda: compare_with(options.against, options.json))
+            return main(lambda: commands.compare_with(options.against, options.json))
         case "preset":
-            return main(lambda: apply_preset(options.name, options.dry_run))
+            return main(lambda: commands.apply_preset(options.name, options.dry_run))
         case "pin":
-            return main(pin)
+            return main(commands.pin)
         case "lineage":
-            return main(lambda: show_lineage(options.cell, options.json))
+            return main(lambda: commands.show_lineage(options.cell, options.json))
         case "export":
-            return main(lambda: export_cell(options.cell, options.directory, options.merge, options.force))
+            return main(lambda: commands.export_cell(options.cell, options.directory, options.merge, options.force))
         case "predict":
-            return main(lambda: predict_file(options))
+            return main(lambda: commands.predict_file(options))
         case "promote":
-            return main(lambda: promote_models(options.task, options.dry_run))
+            return main(lambda: commands.promote_models(options.task, options.dry_run))
         case "champion":
-            return main(lambda: show_champion(options.task, options.previous, options.out, options.force))
+            return main(lambda: commands.show_champion(options.task, options.previous, options.out, options.force))
         case "track":
-            return main(track)
+            return main(commands.track)
         case "ui":
-            return main(lambda: open_ui(options.port))
+            return main(lambda: commands.open_ui(options.port))
         case "join":
-            return main(lambda: join_head(options.meet, options.minutes))
+            return main(lambda: commands.join_head(options.meet, options.minutes))
         case "data":
-            return main(lambda: diff_data(options.revision, options.to, options.task, options.key, options.json))
+            return main(
+                lambda: commands.diff_data(options.revision, options.to, options.task, options.key, options.json)
+            )
         case _:
-            return main(lambda: publish_results(options.directory))
-
-
-def repro() -> None:
-    """Checks params.yaml and that its files are there, runs `dvc repro`, prints the comparison."""
-    params = load_params()
-    lacking(params)
-    # Only what the comparison needs: blocks that the grid does not name are not fetched or built.
-    if _call(["dvc", "repro", "compare"]):
-        raise RunError("`dvc repro` did not finish; the message above says why. Fix it and run the same command again")
-    show()
-
-
-def _call(command: list[str]) -> int:
-    """Runs a command and waits for it, after Ctrl-C too, which reaches it as well: a training then ends its step."""
-    process = subprocess.Popen(command, env=own_tools())
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def check() -> None:
-    """Checks params.yaml and says what it asks for."""
-    params = load_params()
-    lacking(params)
-    grid = params.grid
-    print(f"params.yaml is fine: {len(params.cells())} cells")
-    for axis in ("models", "tasks", "methods", "seeds"):
-        print(f"  {axis}: {', '.join(map(str, getattr(grid, axis)))}")
-    if grid.tune:
-        factors = ", ".join(map(str, grid.tune))
-        print(f"  tune: {factors} times each rate, {len(params.trials())} trainings judged on validation rows")
-    print("next: make run")
-
-
-def lacking(params: Params) -> None:
-    """Raises `UserError` with every file, folder and library that the grid needs and that is not there."""
-    blocks = {f"models.{name}": params.models[name] for name in params.grid.models}
-    sources = {f"tasks.{name}.source": params.tasks[name].source for name in params.grid.tasks}
-    problems = [
-        f"{key}.path: there is no {block.path}"
-        for key, block in {**blocks, **sources, "general": params.general}.items()
-        if block.kind in ("path", "file") and not Path(block.path).exists()
-    ]
-    coded = {
-        f"tasks.{name}.training.moments" if "moments" in params.tasks[name].training else "training.moments"
-        for name in params.grid.tasks
-        if params.training_for(name).moments == "8bit"
-    }
-    if importlib.util.find_spec("torchao") is None:
-        problems += [
-            f"{key}: 8bit needs torchao, which is not installed: .venv/bin/pip install '.[eightbit]'; or use float32"
-            for key in sorted(coded)
-        ]
-    if importlib.util.find_spec("bitsandbytes") is None:
-        problems += [
-            f"methods.{name}.base_bits: 4 needs bitsandbytes, which is not installed: .venv/bin/pip install '.[qlora]'"
-            for name in params.grid.methods
-            if getattr(params.methods[name], "base_bits", None) is not None
-        ]
-    problems += remote_credentials(Path(".dvc/config"))
-    if problems:
-        raise UserError(problems)
-
-
-def remote_credentials(path: Path) -> list[str]:
-    """Problems with credentials of DVC's remotes in the file that git keeps."""
-    config = configparser.ConfigParser(interpolation=None, strict=False)
-    with contextlib.suppress(configparser.Error):  # which DVC itself explains
-        config.read(path, encoding="utf-8")
-    return [
-        f"{path}: {section} {option}: it holds a credential, and this file is committed; take it out, then "
-        f"`dvc remote modify --local NAME {option} VALUE`, or set an environment variable"
-        for section in config.sections()
-        for option, value in config.items(section)
-        if secrets.holds_credential(value) or (secrets.is_secret(option) and value not in ("true", "false"))
-    ]
-
-
-def inspect_file(options: argparse.Namespace) -> None:
-    """Prints what a data file holds and the block that it may have in params.yaml."""
-    from molf import inspection
-
-    others = dict(pair.partition("=")[::2] for pair in options.split_of)
-    wrong = [split for split, file in others.items() if split not in ("validation", "test") or not file]
-    if wrong:
-        raise UserError(f"--split-of {wrong[0]}: write validation=FILE or test=FILE")
-    for file in (options.file, *others.values()):
-        if secrets.holds_credential(file):
-            raise UserError(f"{file}: {CREDENTIAL}")
-    for name in ("rows", "first"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise UserError(f"--{name} {given}: at least 1")
-    found = inspection.inspect(options.file, others, options.model, options.kind, options.rows, options.first)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the file's letters
-    if not options.yaml:
-        print("\n".join(found.lines))
-    elif found.block is not None:
-        print(found.yaml)
-    else:
-        raise UserError(f"{options.file}: no task is guessed; without --yaml the reasons are printed")
-
-
-def estimate_grid(steps: int | None, as_json: bool) -> None:
-    """Prints what the grid needs.
-
-    Args:
-        steps: Optimizer steps to time in each model, task and method; None times nothing.
-        as_json: Whether to print all numbers as JSON instead of a table.
-    """
-    if steps is not None and steps < 1:
-        raise UserError(f"--probe {steps}: at least 1 step is timed; --no-probe times none")
-    params = load_params()
-    lacking(params)
-
-    from molf import models
-
-    models.quiet()  # before the libraries that it quiets are imported
-    from tqdm import tqdm
-
-    from molf import forecast
-
-    def watch(trainings: list[Any]) -> Iterable[Any]:
-        return tqdm(trainings, desc="timing a few steps", unit="training", disable=None, leave=False)
-
-    result = forecast.forecast(params, steps, watch)
-    if as_json:
-        print(json.dumps(forecast.plain(result), indent=2))
-        return
-    print(forecast.table(result))
-    first = f"dvc repro {' '.join(result.run_first)} && molf estimate" if result.run_first else "make run"
-    print(f"next: {first}")
-
-
-def probe_grid(options: argparse.Namespace) -> None:
-    """Prints a forecast from the gradients, or how often forecasts hit."""
-    from molf.probe import command
-
-    print(command.check(options.check, options.json) if options.check is not None else command.forecasts(options))
-
-
-def show() -> None:
-    """Prints the last comparison."""
-    from molf.report.page import terminal_table
-
-    print(terminal_table(last_comparison()))
-
-
-def last_comparison() -> dict[str, Any]:
-    """reports/comparison.json.
-
-    Raises:
-        UserError: There is none, or an earlier molf made it.
-    """
-    path = REPORTS / "comparison.json"
-    found = records.read_any(path)
-    if found is None:
-        raise UserError(f"there is no {path} yet; `make run` makes it")
-    wrong = records.flaw(path.name, found)
-    if not wrong and not all("recommendation" in group for group in found["groups"]):
-        wrong = "recommends no method"
-    if wrong:
-        raise UserError(f"{path} {wrong}: an earlier molf made it; `make run` makes it anew")
-    return found
-
-
-def compare_with(revision: str | None, as_json: bool) -> None:
-    """Compares the results here with those of a git revision.
-
-    Raises:
-        RunError: A score fell, or a cell that had one lacks.
-    """
-    if revision is None:
-        raise UserError(
-            "compare needs --against REVISION, whose results those here are held against; `molf run` compares the "
-            "grid's methods with one another, `molf show` prints that"
-        )
-    params = load_params()
-
-    from molf import gate
-
-    result = gate.against(Path.cwd(), revision, params)
-    print(json.dumps(result, indent=2) if as_json else gate.table(result))
-    said = gate.verdict(result)
-    if result["fell"]:
-        raise RunError(
-            f"{', '.join(result['fell'])} fell beyond the interval, which is exit code 1; {said}\n"
-            f"next: git diff {revision} -- params.yaml src; molf predict CELL FILE shows answers"
-        )
-    if result["lacking"]:
-        raise RunError(
-            f"{', '.join(result['lacking'])}: scored at {revision} and lacking here, so that nobody can say that no "
-            f"score fell, which is exit code 1; {said}\nnext: dvc repro compare, which tries them again"
-        )
-    if not as_json:
-        print(f"no score fell beyond its interval, which is exit code 0; {said}")
-        print("next: molf show")
-
-
-def apply_preset(name: str | None, dry_run: bool) -> None:
-    """Writes a preset into params.yaml and prints the changed lines; without a name, lists the presets."""
-    from molf import presets
-
-    if name is None:
-        for preset, description in presets.descriptions().items():
-            print(f"  {preset:8} {description}")
-        print("next: molf preset NAME")
-        return
-    changes = presets.apply(name, PARAMS, dry_run)
-    print("\n".join(changes) if changes else f"params.yaml holds preset {name} already")
-    print(f"next: molf preset {name}" if dry_run else "next: molf check")
-
-
-def pin() -> None:
-    """Refreshes sources.lock."""
-    from molf import sources
-
-    changes = sources.pin(load_params(), sources.hub_commit, sources.url_sha256)
-    for key, (before, now) in changes.items():
-        print(f"  {key}: {now} ({'unchanged' if before == now else 'new' if before is None else f'was {before}'})")
-    print(f"{len(changes)} entries in {SOURCES_LOCK}; commit it, then make run")
-
-
-def show_lineage(name: str, as_json: bool) -> None:
-    """Prints the chain from a cell's score to its source.
-
-    Args:
-        name: The cell.
-        as_json: Whether to print it as JSON.
-
-    Raises:
-        RunError: A link is not what it was when the score was made.
-    """
-    from molf import lineage
-
-    chain = lineage.trace(lineage.find(name), load_params())
-    print(json.dumps(lineage.plain(chain), indent=2) if as_json else lineage.render(chain))
-    if chain.differing():
-        names = ", ".join(link.name for link in chain.differing())
-        raise RunError(f"{names}: not as it was when {chain.cell.name} was made")
-
-
-def export_cell(name: str, directory: Path, merge: bool, force: bool) -> None:
-    """Writes a cell's model into a folder."""
-    from molf import models
-
-    models.quiet()  # before the libraries that it quiets are imported
-    from molf import lineage
-    from molf.export import export
-
-    print("\n".join(export(lineage.find(name), directory, load_params(), merge, force)))
-
-
-def predict_file(options: argparse.Namespace) -> None:
-    """Answers a file of prompts with one cell's model, or with two."""
-    for name in ("rows", "max_new_tokens"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise UserError(f"--{name.replace('_', '-')} {given}: at least 1")
-    params = load_params()
-
-    from molf import models
-
-    models.quiet()  # before the libraries that it quiets are imported
-    from molf import predict
-    from molf.asking import Asked
-
-    readable = options.out is None and sys.stdout.isatty()
-    names = [options.cell, *([options.other] if options.other else [])]
-    asked = Asked(names, params, options.max_new_tokens, sys.stderr.isatty() and not readable)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # JSON lines are UTF-8 wherever they go; a terminal may not know the rows' letters.
-        sys.stdout.reconfigure(encoding=None if readable else "utf-8", errors="backslashreplace")
-    counts = predict.predict(asked, options.file, options.out, options.rows, readable)
-    if counts is not None:
-        print("\n".join(predict.summary(asked, counts, options.out)), file=sys.stderr)
-
-
-def promote_models(task: str | None, dry_run: bool) -> None:
-    """Promotes the best model of each task, or of one, and prints what was looked at.
-
-    Raises:
-        RunError: Of no task anything passed the gate, or a task failed.
-    """
-    params = load_params()
-
-    from molf import models
-
-    models.quiet()  # before the libraries that it quiets are imported
-    from molf import champions
-    from molf.promotion import Action
-
-    actions, failed = [], []
-    for result in champions.promote(params, [task] if task else params.grid.tasks, dry_run):
-        print("\n".join([*result.lines, ""]), flush=True)
-        actions.append(result.decision.action)
-        if result.decision.action is Action.FAILED:
-            failed.append(f"{result.task}: {result.decision.sentence}")
-    if failed:
-        raise RunError("\n".join(failed))
-    if all(action is Action.NONE for action in actions):
-        raise RunError("nothing passed the gate (`promotion` in params.yaml), which is exit code 1; the table says why")
-    shown = f" --task {task}" if task else ""
-    if dry_run:
-        print(f"next: molf promote{shown}")
-    else:
-        print("next: molf champion --task TASK --out FOLDER; `dvc push`, so that others have the weights too")
-
-
-def show_champion(task: str, previous: bool, out: Path | None, force: bool) -> None:
-    """Prints which model is a task's champion, or the one before, and writes it into a folder if one is given."""
-    params = load_params()
-
-    from molf import models
-
-    models.quiet()  # before the libraries that it quiets are imported
-    from molf import champions
-
-    found = champions.find(params, task, previous)
-    print("\n".join(champions.describe(found, champions.PREVIOUS if previous else champions.CHAMPION)))
-    if out is None:
-        print(f"next: molf champion --task {task}{' --previous' if previous else ''} --out FOLDER")
-    else:
-        print("\n".join(champions.write(found, out, force)))
-
-
-def track() -> None:
-    """Rebuilds what MLflow lacks."""
-    from molf import tracking
-
-    counts = tracking.track(Path.cwd(), load_params())
-    print(", ".join(f"{count} {what}" for what, count in counts.items()))
-    print("next: make ui")
-
-
-def open_ui(port: int) -> None:
-    """Serves MLflow's page until interrupted."""
-    from molf import mlflow_server, tracking
-
-    root, experiment = Path.cwd(), load_params().tracking.experiment
-    tracking.initialise(root, experiment)
-    mlflow_server.serve(root, port, tracking.address(root, experiment))
-
-
-def join_head(meet: str, minutes: float) -> None:
-    """Trains cells together with the host that runs them, until interrupted."""
-    from molf import joining
-
-    joining.join(meet, minutes)
-
-
-def diff_data(revision: str, to: str | None, task: str | None, key: str | None, as_json: bool) -> None:
-    """Prints what changed in the data sets since a git revision.
-
-    Raises:
-        RunError: The rows of a data set could not be read; the others are printed.
-    """
-    from molf import changes
-
-    result = changes.changes(Path.cwd(), revision, to, load_params().tasks, task, key)
-    print(json.dumps(result, indent=2, default=str) if as_json else changes.table(result))
-    unread = [name for name, entry in result["tasks"].items() if "unavailable" in changes.states(entry).values()]
-    if unread:
-        raise RunError(f"rows of {', '.join(unread)} could not be read; the lines above say what to type")
-
-
-def publish_results(directory: Path) -> None:
-    """Copies the comparison, its figures, the params that made it, and the time of each cell."""
-    from molf.report.page import published_readme
-
-    comparison = last_comparison()
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("comparison.json", "comparison.csv"):
-        shutil.copyfile(REPORTS / name, directory / name)
-    # Not the SVG files: megabytes, which git would keep for ever.
-    shutil.copytree(
-        REPORTS / "figures", directory / "figures", ignore=shutil.ignore_patterns("*.svg"), dirs_exist_ok=True
-    )
-    if (REPORTS / "probe").is_dir():
-        shutil.copytree(
-            REPORTS / "probe", directory / "probe", ignore=shutil.ignore_patterns("*.svg"), dirs_exist_ok=True
-        )
-    shutil.copyfile(PARAMS, directory / "params.yaml")
-    (directory / "tables.md").write_text(published_readme(comparison), encoding="utf-8")
-    print(f"{directory} holds the comparison; add a README.md that says what it shows, and commit it")
+            return main(lambda: commands.publish_results(options.directory))
 
 
 if __name__ == "__main__":

@@ -313,13 +313,13 @@ def test_a_record_of_an_earlier_molf_lacks_nothing(tmp_path: Path) -> None:
 def test_a_gate_does_not_pass_where_a_cell_lacks_that_had_a_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, code: bool
 ) -> None:
-    from molf import cli
+    from molf import commands
 
     result = {"fell": [], "lacking": [cell("sql", "fft").name] if code else [], "rows": [], "from": "a", "to": "b"}
     monkeypatch.setattr(gate, "against", lambda *_: {**result, "confidence": 0.95, "only_then": [], "only_now": []})
-    monkeypatch.setattr(cli, "load_params", lambda: None)
+    monkeypatch.setattr(commands, "load_params", lambda: None)
     if code:
         with pytest.raises(RunError, match="tiny/sql/fft/seed-0: scored at HEAD and lacking here"):
-            cli.compare_with("HEAD", True)
+            commands.compare_with("HEAD", True)
     else:
-        cli.compare_with("HEAD", True)
+        commands.compare_with("HEAD", True)
