@@ -92,7 +92,20 @@ def _update(document: Any, wanted: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(document.get(key), dict) and value:
             _update(document[key], value)
         elif key not in document or document[key] != value:
-            document[key] = value
+            document[key] = _in_lines(value)
+
+
+def _in_lines(value: Any) -> Any:
+    """The value with each of its lists on one line, as in the file that it goes into."""
+    if isinstance(value, dict):
+        return {key: _in_lines(inner) for key, inner in value.items()}
+    if not isinstance(value, list):
+        return value
+    from ruamel.yaml.comments import CommentedSeq
+
+    line = CommentedSeq(value)
+    line.fa.set_flow_style()
+    return line
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
