@@ -145,10 +145,10 @@ def _compare(
             raise NotSetUp(f"params: {error.args[0]} lies in a block that params.yaml does not have") from None
     if pin:
         run("molf", "pin")
-    run("molf", "check")
-    settings = load_params(place.root / PARAMS)
     if place.root != place.home:
         checkout.link_outside(place, read_yaml(place.root / PARAMS))
+    run("molf", "check")  # after the links, since it looks for the files
+    settings = load_params(place.root / PARAMS)
     if settings.flow.pool is not None:
         _check_remotes(place.home, f"flow.pool is {settings.flow.pool}")
         pool.check(settings.flow.pool)
