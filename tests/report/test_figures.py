@@ -101,6 +101,21 @@ def test_looks_stay_with_the_kind_and_never_repeat() -> None:
     assert {name: look.marker for name, look in looks.items()} == style.KIND_MARKERS
     many = style.styles([*METHODS, ("lora-r8", "lora"), ("lora-r64", "lora"), ("dora", "dora")])
     assert len({look.colour for look in many.values()}) == len({look.marker for look in many.values()}) == 7
+    rivals = style.styles([("a", "lora"), *((name, name) for name in "bcdefgh"), ("molf", "molf"), ("x", "molf-e")])
+    assert len({look.colour for look in rivals.values()}) == len({look.marker for look in rivals.values()}) == 10
+    assert [rivals[name].colour for name in ("a", "molf", "x")] == [style.ORANGE, style.GREEN, style.PURPLE]
+
+
+def test_many_methods_share_one_map_of_layers(made: Path) -> None:
+    frame = weight_figures.read_weights([made / "results/tiny/sql/molf/seed-0/evaluation"])
+    assert frame is not None
+    few, many = ({f"m{i}": frame for i in range(count)} for count in (weight_figures.MANY, weight_figures.MANY + 1))
+    assert len(weight_figures.moved_figure("few", few).axes) == 2 * weight_figures.MANY + 2  # and two colour bars
+    assert len(weight_figures.moved_figure("many", many).axes) == 4
+    place = weight_figures.by_place(frame, "effective_rank")
+    table = weight_figures.by_method({"a": place, "b": 2 * place})
+    assert list(table.index) == ["a", "b"] and list(table.columns) == [0, 1, 2]
+    assert table.loc["b", 1] == pytest.approx(2 * place[1].mean())
 
 
 def test_routing_reductions(made: Path) -> None:

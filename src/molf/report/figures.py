@@ -38,7 +38,15 @@ from molf.report.style import (
     styles,
     thinned,
 )
-from molf.report.weight_figures import by_place, forgetting_figure, intruder_figure, moved_figure, read_weights
+from molf.report.weight_figures import (
+    MANY,
+    by_method,
+    by_place,
+    forgetting_figure,
+    intruder_figure,
+    moved_figure,
+    read_weights,
+)
 
 LOSS_POINTS = 400  # most points of a loss curve
 LOSS_MARKERS = 12  # of them with a marker and a note
@@ -226,14 +234,30 @@ def _overviews(
             "The number above each map is its mean.",
         )
     if ranks:
+        if many := len(ranks) > MANY:
+            ranks = _all_methods(ranks)
         yield (
             "overview-rank",
             overview_figure(
                 ranks, f"In how many directions each task moved the weights{data}", "effective rank", share=False
             ),
-            "Effective rank of each layer's change, in one colour scale for all. The brighter, the more directions the "
+            "Effective rank of each layer's change, in one colour scale for all"
+            + (", as the mean of its modules" if many else "")
+            + ". The brighter, the more directions the "
             "change needs. The number above each map is its mean.",
         )
+
+
+def _all_methods(ranks: Mapping[tuple[str, str], Frames]) -> dict[tuple[str, str], Frames]:
+    """One row of panels for each model: methods by layers."""
+    found: dict[tuple[str, str], Frames] = {}
+    for model in dict.fromkeys(model for model, _ in ranks):
+        of = {method: tables for (other, method), tables in ranks.items() if other == model}
+        tasks = dict.fromkeys(task for tables in of.values() for task in tables)
+        found[model, "all methods"] = {
+            task: by_method({method: tables[task] for method, tables in of.items() if task in tables}) for task in tasks
+        }
+    return found
 
 
 def score_figure(group: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:

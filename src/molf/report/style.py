@@ -4,7 +4,7 @@ Colours are Okabe and Ito's and matplotlib's cividis, which colour-blind readers
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import StringIO
@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 # The four kinds keep their look in every report; further methods take the rest in turn.
 KIND_COLOURS = {"fft": BLUE, "lora": ORANGE, "molf": GREEN, "molf-e": PURPLE}
-SPARE_COLOURS = ("#56B4E9", "#D55E00", "#4B3B8F", "#8C6D1F", "#1B5E5A")
+SPARE_COLOURS = ("#56B4E9", "#D55E00", "#4B3B8F", "#8C6D1F", "#1B5E5A", "#882255", "#999933", "#661100")
 KIND_MARKERS = {"fft": "o", "lora": "s", "molf": "D", "molf-e": "^"}
 SPARE_MARKERS = ("v", "P", "X", "*", "<", ">", "h", "8", "p")
 DASHES: tuple[Any, ...] = (
@@ -74,16 +74,28 @@ def styles(methods: Sequence[tuple[str, str]]) -> dict[str, Style]:
         methods: (method, kind) in the report's order; the first of a kind takes the kind's look.
     """
     found: dict[str, Style] = {}
+    firsts = {kind: method for method, kind in reversed(methods)}
     for method, kind in methods:
-        colour = _free(kind, KIND_COLOURS, SPARE_COLOURS, [style.colour for style in found.values()], GREY)
-        marker = _free(kind, KIND_MARKERS, SPARE_MARKERS, [style.marker for style in found.values()], "o")
+        own = kind if firsts[kind] == method else None
+        colour = _free(own, firsts, KIND_COLOURS, SPARE_COLOURS, [style.colour for style in found.values()], GREY)
+        marker = _free(own, firsts, KIND_MARKERS, SPARE_MARKERS, [style.marker for style in found.values()], "o")
         found.setdefault(method, Style(colour, marker, DASHES[len(found) % len(DASHES)]))
     return found
 
 
-def _free(kind: str, own: Mapping[str, str], spare: Sequence[str], taken: Sequence[str], last: str) -> str:
-    wanted = [own[kind]] if kind in own else []
-    return next((look for look in [*wanted, *spare, *own.values()] if look not in taken), last)
+def _free(
+    own: str | None,
+    kinds: Iterable[str],
+    looks: Mapping[str, str],
+    spare: Sequence[str],
+    taken: Sequence[str],
+    last: str,
+) -> str:
+    """The look of a method's `own` kind, else one that no method has and no other of the `kinds` will take."""
+    if own is not None and own in looks:
+        return looks[own]
+    unclaimed = [look for kind, look in looks.items() if kind not in kinds]
+    return next((look for look in [*spare, *unclaimed] if look not in taken), last)
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -24,6 +24,8 @@ from molf.report.style import (
     scale,
 )
 
+MANY = 6  # methods above which a figure shows the means of each layer's modules, or nobody would scroll to its end
+
 
 def read_weights(evaluations: Sequence[Path]) -> pd.DataFrame | None:
     """How each matrix moved, as the mean over a method's seeds; None where an evaluation did not look at it.
@@ -49,8 +51,15 @@ def by_place(weights: pd.DataFrame, number: str) -> pd.DataFrame:
     return weights.pivot_table(index="type", columns="layer", values=number).reindex(kinds)
 
 
+def by_method(places: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Of each method's table of module types x layers the means of its layers, as methods x layers."""
+    return pd.DataFrame({method: table.mean() for method, table in places.items()}).T
+
+
 def moved_figure(title: str, weights: Mapping[str, pd.DataFrame]) -> Figure:
     """How far each matrix moved, and in how many directions: a row of two heat maps for each method.
+
+    Of more than `MANY` methods it is one row of two, methods by layers.
 
     Args:
         title: What it is of: model and task.
@@ -60,6 +69,8 @@ def moved_figure(title: str, weights: Mapping[str, pd.DataFrame]) -> Figure:
     tables = {method: {n: by_place(frame, n) for n in numbers} for method, frame in weights.items()}
     for of in tables.values():
         of["relative_change"] = 100 * of["relative_change"]
+    if len(tables) > MANY:
+        tables = {"all methods": {n: by_method({method: of[n] for method, of in tables.items()}) for n in numbers}}
     heights = [len(of["effective_rank"]) for of in tables.values()]
     figure, panels = grid(
         8.2, 0.8 + sum(0.26 * count + 0.85 for count in heights), len(tables), 2, gridspec_kw={"height_ratios": heights}
