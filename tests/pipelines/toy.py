@@ -156,10 +156,6 @@ class Toy:
         (self.root / "sweeps/.gitignore").write_text((ROOT / "sweeps/.gitignore").read_text())
         grid = {"tasks": ["fact"], "methods": ["fft", "lora"], **grid}
         self.edit({f"grid.{axis}": values for axis, values in grid.items()})
-        (folder / "outside").mkdir()  # which runs must find from their worktrees too
-        (folder / "outside/general.txt").write_text("A text.\n")
-        general = {"kind": "file", "path": "../outside/general.txt", "column": None, "license": "unknown"}
-        self.edit({"general": general | {"rows": 5, "max_length": 64}})
         self.git("init", "--quiet", "--initial-branch", "main")
         self.commit("start")
 
