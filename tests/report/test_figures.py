@@ -104,18 +104,62 @@ def test_looks_stay_with_the_kind_and_never_repeat() -> None:
     rivals = style.styles([("a", "lora"), *((name, name) for name in "bcdefgh"), ("molf", "molf"), ("x", "molf-e")])
     assert len({look.colour for look in rivals.values()}) == len({look.marker for look in rivals.values()}) == 10
     assert [rivals[name].colour for name in ("a", "molf", "x")] == [style.ORANGE, style.GREEN, style.PURPLE]
+    controls = style.styles([*METHODS, *((f"molf-{i}", "molf") for i in range(20))])
+    assert len({(look.colour, look.marker) for look in controls.values()}) == 24
+
+
+def test_a_figure_grows_with_its_legend(tmp_path: Path) -> None:
+    """Else a long legend is cut off, and squeezes the axes to nothing."""
+    for count, height in ((4, 3.0), (20, style.ABOVE + 40 * style.LINE)):
+        figure, axes = style.canvas(6.4, 3.0)
+        for i in range(count):
+            axes.plot([0, 1], [i, i], label=f"method {i}\nand more")
+        style.legend(axes)
+        style.save(figure, tmp_path / "long.png")
+        assert figure.get_figheight() == pytest.approx(height)
+        drawn = axes.get_legend()
+        assert drawn is not None and drawn.get_window_extent().y0 >= 0
+        assert axes.get_window_extent().height > 0.7 * height * figure.dpi
 
 
 def test_many_methods_share_one_map_of_layers(made: Path) -> None:
     frame = weight_figures.read_weights([made / "results/tiny/sql/molf/seed-0/evaluation"])
     assert frame is not None
-    few, many = ({f"m{i}": frame for i in range(count)} for count in (weight_figures.MANY, weight_figures.MANY + 1))
-    assert len(weight_figures.moved_figure("few", few).axes) == 2 * weight_figures.MANY + 2  # and two colour bars
+    few, many = ({f"m{i}": frame for i in range(count)} for count in (style.MANY, style.MANY + 1))
+    assert len(weight_figures.moved_figure("few", few).axes) == 2 * style.MANY + 2  # and two colour bars
     assert len(weight_figures.moved_figure("many", many).axes) == 4
     place = weight_figures.by_place(frame, "effective_rank")
-    table = weight_figures.by_method({"a": place, "b": 2 * place})
+    table = style.by_method({"a": place, "b": 2 * place})
     assert list(table.index) == ["a", "b"] and list(table.columns) == [0, 1, 2]
     assert table.loc["b", 1] == pytest.approx(2 * place[1].mean())
+    types = style.by_method({"a": place}, axis=1)
+    assert types.loc["a", "mlp.up_proj"] == pytest.approx(place.loc["mlp.up_proj"].mean())
+
+
+def test_many_methods_share_one_figure_of_the_routing(made: Path, tmp_path: Path) -> None:
+    routing = routing_figures.read_routing(made / "results/tiny/sql/molf/seed-0/train")
+    few, many = ({f"m{i}": routing for i in range(count)} for count in (style.MANY, style.MANY + 1))
+    looks = style.styles([(name, "molf") for name in many])
+    assert len(routing_figures.routing_heat_map(few, "few").axes) == 2 * style.MANY + 1  # and a colour bar
+    assert len(routing_figures.share_figure("few", few, looks).axes) == style.MANY
+    together, over_time = routing_figures.routing_heat_map(many, "many"), routing_figures.share_figure("m", many, looks)
+    assert len(together.axes) == 3 and len(over_time.axes) == 1
+    style.save(together, tmp_path / "together.png")
+    style.save(over_time, tmp_path / "time.png")
+    places = routing_figures.share_by_place(routing, "full")
+    drawn = (tmp_path / "together.svg").read_text()
+    assert f"<title>layer 1, m0: full weight: first expert won {100 * places[1].mean():.0f} %</title>" in drawn
+    assert f"<title>up_proj, m6: full weight: first expert won {100 * places.loc['mlp.up_proj'].mean():.0f} %" in drawn
+    assert f">m{style.MANY}: full weight<" in drawn
+    first = routing[routing["expert"] == "full"]
+    last = first.groupby(routing_figures.windows(first["step"]))["won"].mean()
+    said = f"m6, up to step {last.index[-1]}: the full weight won {100 * last.iloc[-1]:.0f} %"
+    assert f"<title>{said}</title>" in (tmp_path / "time.svg").read_text()
+
+
+def test_experts_in_words() -> None:
+    words = [routing_figures.expert_words(name) for name in ("full", "lora_r128", "lora_r32_2")]
+    assert words == ["the full weight", "LoRA r = 128", "LoRA r = 32 (no. 2)"]
 
 
 def test_routing_reductions(made: Path) -> None:

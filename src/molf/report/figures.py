@@ -26,7 +26,9 @@ from molf.report.routing_figures import (
 )
 from molf.report.style import (
     GREY,
+    MANY,
     Style,
+    by_method,
     canvas,
     entitle,
     entitle_all,
@@ -39,8 +41,6 @@ from molf.report.style import (
     thinned,
 )
 from molf.report.weight_figures import (
-    MANY,
-    by_method,
     by_place,
     forgetting_figure,
     intruder_figure,
@@ -87,9 +87,9 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
             for drawn in _of_group(comparison, group, histories, routings, weights, given):
                 add(group["model"], group["task"], *drawn)
             names = {m["method"]: named(m) for m in group["methods"]}
-            for method, routing in ((names[name], routing) for name, routing in routings.items()):
+            for name, routing in routings.items():
                 first = experts(routing)[0]
-                row = group["model"], f"{method}:\n{expert_words(first)}"
+                row = group["model"], f"{names[name]}:\n{expert_words(first)}"
                 routed.setdefault(row, {})[group["task"]] = share_by_place(routing, first)
             for method, frame in weights.items():
                 rank = by_place(frame, "effective_rank")
@@ -140,6 +140,7 @@ def _of_group(
     looks = styles([(m["method"], m["kind"]) for m in group["methods"]])
     names = {m["method"]: named(m) for m in group["methods"]}
     routings = {names[method]: routing for method, routing in routings.items()}
+    looks_by_name = {names[method]: look for method, look in looks.items()}
     beside = " ".join(f"{text}." for text in said(group))
     percent = f"{100 * comparison['confidence']:g} %"
     yield (
@@ -172,21 +173,23 @@ def _of_group(
         yield (
             "routing",
             routing_heat_map(routings, _title(group, "where the updates went")),
-            "Each square is one linear layer. Its colour and number say in how many percent of the steps the named "
+            f"Each square is {'the mean of several linear layers' if len(routings) > MANY else 'one linear layer'}. "
+            "Its colour and number say in how many percent of the steps the named "
             "expert won the update. Yellow under \u201cthe full weight\u201d: this layer wants full rank. "
             f"{beside}".strip(),
         )
         yield (
             "share",
-            share_figure(_title(group, "routing over time"), routings),
-            "Share of the steps that the first expert won, by kind of layer. A line that falls: LoRA takes over. "
+            share_figure(_title(group, "routing over time"), routings, looks_by_name),
+            f"Share of the steps that the first expert won{'' if len(routings) > MANY else ', by kind of layer'}. "
+            "A line that falls: LoRA takes over. "
             f"{beside}".strip(),
         )
     contested = {method: routing for method, routing in routings.items() if len(experts(routing)) > 1}
     if contested:
         yield (
             "ratio",
-            ratio_figure(_title(group, "how clear the choice was"), contested, {names[m]: looks[m] for m in looks}),
+            ratio_figure(_title(group, "how clear the choice was"), contested, looks_by_name),
             "Score of the first expert over that of the best other; the higher score wins. Near 1 the choice was a "
             f"toss-up. The band holds 80 % of the layers. {beside}".strip(),
         )
@@ -226,10 +229,14 @@ def _overviews(
     """Tasks and models beside each other."""
     data = " (generated data)" if comparison["generated"] else ""
     if routed:
+        if many := len(routed) > MANY:
+            routed = _all_methods({(model, row.partition(":\n")[0]): of for (model, row), of in routed.items()})
         yield (
             "overview-routing",
             overview_figure(routed, f"Where each task wants the first expert{data}", "first expert won", share=True),
-            "Share of steps won by the first expert, in one colour scale for all. For molf the first expert is the "
+            "Share of steps won by the first expert, in one colour scale for all"
+            + (", as the mean of a layer's modules" if many else "")
+            + ". For molf the first expert is the "
             "full weight: a yellow map is a task that wants full rank, in a dark one LoRA's update serves. "
             "The number above each map is its mean.",
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -14,7 +15,9 @@ from molf.report.style import (
     DASHES,
     GREY,
     INK,
+    MANY,
     Style,
+    by_method,
     canvas,
     colour_bar,
     entitle,
@@ -116,8 +119,9 @@ def experts(routing: pd.DataFrame) -> list[str]:
 
 
 def expert_words(name: str) -> str:
-    """An expert's name in words: "full" -> "the full weight", "lora_r128" -> "LoRA r = 128"."""
-    return "the full weight" if name == "full" else name.replace("lora_r", "LoRA r = ")
+    """An expert's name in words: "full" -> "the full weight", "lora_r8" -> "LoRA r = 8", "lora_r8_2" its second."""
+    rank, _, which = name.removeprefix("lora_r").partition("_")
+    return "the full weight" if name == "full" else f"LoRA r = {rank}" + (f" (no. {which})" if which else "")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -126,10 +130,14 @@ def expert_words(name: str) -> str:
 def routing_heat_map(routings: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Share of the steps that each expert won, by module type and layer: a row of panels for each method.
 
+    Of more than `MANY` methods it is the first expert's alone: methods by layers, and methods by module types.
+
     Args:
         routings: Counted routing rows by method, as `read_routing` gives them.
         title: What it is of: model and task.
     """
+    if len(routings) > MANY:
+        return _first_experts(routings, title)
     tables = {
         method: {expert: share_by_place(frame, expert) for expert in experts(frame)}
         for method, frame in routings.items()
@@ -158,8 +166,36 @@ def routing_heat_map(routings: Mapping[str, pd.DataFrame], title: str) -> Figure
     return figure
 
 
-def share_figure(title: str, routings: Mapping[str, pd.DataFrame]) -> Figure:
-    """The first expert's share of the steps over the training, one panel for each method, one line for each type."""
+def _first_experts(routings: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Share of the steps that each method's first expert won: methods by layers beside methods by module types."""
+    firsts = {method: experts(frame)[0] for method, frame in routings.items()}
+    places = {
+        f"{method}: {expert_words(firsts[method]).removeprefix('the ')}": share_by_place(frame, firsts[method])
+        for method, frame in routings.items()
+    }
+    figure, panels = grid(9.6, 1.7 + 0.26 * len(places), 1, 2)
+    entitle_all(figure, title)
+    by_layer, by_type = by_method(places), by_method(places, axis=1)
+    by_type.columns = pd.Index(short([str(kind) for kind in by_type]))
+    left, right = panels[0]
+    for axes, table, across in ((left, by_layer, "layer "), (right, by_type, "")):
+        heat(axes, table, SHARE, "first expert won", lambda value: f"{100 * value:.0f} %", across)
+        axes.set_title(f"first expert, by {across or 'type'}", fontsize=9.5, loc="left", color=INK)
+    left.set_yticklabels(list(places))  # whole, where `heat` cuts them
+    left.set_xlabel("layer", fontsize=8.5)
+    right.set_yticklabels([])
+    right.tick_params(axis="x", rotation=45)
+    colour_bar(figure, panels, SHARE, SHARES)
+    return figure
+
+
+def share_figure(title: str, routings: Mapping[str, pd.DataFrame], looks: Mapping[str, Style]) -> Figure:
+    """The first expert's share of the steps over the training, one panel for each method, one line for each type.
+
+    Of more than `MANY` methods it is one panel with a line for each, the mean of all its modules.
+    """
+    if len(routings) > MANY:
+        return _shares_together(title, routings, looks)
     figure, panels = grid(7.4, 0.4 + 2.5 * len(routings), len(routings), 1, sharex=True)
     entitle_all(figure, title)
     for axes, (method, routing) in zip(panels[:, 0], routings.items(), strict=True):
@@ -170,14 +206,37 @@ def share_figure(title: str, routings: Mapping[str, pd.DataFrame]) -> Figure:
             line = axes.plot(table.index, table[kind], color=colour, lw=1.5, ls=dash, marker=marker, ms=4, label=label)
             said = f"{method}, {kind}, up to step"
             notes(line[0], [f"{said} {step}: {words} won {100 * x:.0f} %" for step, x in table[kind].items()])
-        axes.axhline(0.5, color=GREY, lw=1, ls=(0, (4, 3)))
-        axes.set_ylim(-0.05, 1.05)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _share_axis(axes)
         axes.set_title(f"{method}: share of steps won by {words}", fontsize=9.5, loc="left", color=INK)
         legend(axes)
     panels[-1, 0].set_xlabel("optimizer step", fontsize=9)
     return figure
+
+
+def _shares_together(title: str, routings: Mapping[str, pd.DataFrame], looks: Mapping[str, Style]) -> Figure:
+    """The first expert's share of the module-steps in each window, one line for each method."""
+    figure, axes = canvas(7.4, 3.1)
+    entitle(axes, title)
+    for method, routing in routings.items():
+        words, look = expert_words(experts(routing)[0]), looks[method]
+        first = routing[routing["expert"] == experts(routing)[0]]
+        share = first.groupby(windows(first["step"]))["won"].mean()
+        label = f"{method}: {words}"
+        style = {"color": look.colour, "ls": look.dash, "marker": look.marker, "lw": 1.6, "ms": 4.5}
+        line = axes.plot(share.index, share, label=label, **style)
+        notes(line[0], [f"{method}, up to step {step}: {words} won {100 * x:.0f} %" for step, x in share.items()])
+    _share_axis(axes)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    legend(axes)
+    return figure
+
+
+def _share_axis(axes: Axes) -> None:
+    """From 0 to 100 %, with a line at half, over steps."""
+    axes.axhline(0.5, color=GREY, lw=1, ls=(0, (4, 3)))
+    axes.set_ylim(-0.05, 1.05)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def ratio_figure(title: str, routings: Mapping[str, pd.DataFrame], looks: Mapping[str, Style]) -> Figure:

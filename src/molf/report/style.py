@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -42,9 +42,11 @@ MAP = "cividis"  # lightness grows evenly from dark blue (0) to yellow (1)
 INK, GREY, GRID = "#222222", "#6B6B6B", "#DDDDDD"
 DPI = 150
 NUMBERED = 12  # layers up to which a heat map has room for numbers
-NAME = 24  # characters of a module type beside a heat map
+NAME = 26  # characters of a name beside a heat map
 SPREAD = 30  # a heat map whose values differ by more than so many times is coloured by their logarithm
 BETWEEN = "\u00a6"  # between the notes of one line's markers
+MANY = 6  # methods above which a figure shows them together by means, or nobody would scroll to its end
+LINE, ABOVE = 0.185, 0.75  # inches: of a legend's line, and of what stands above and below a legend
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def settings() -> AbstractContextManager[None]:
 
 
 def styles(methods: Sequence[tuple[str, str]]) -> dict[str, Style]:
-    """A look for each method; no two share a colour or a marker before all are used up.
+    """A look for each method; no two share a colour or a marker before all are used up, and then not both.
 
     Args:
         methods: (method, kind) in the report's order; the first of a kind takes the kind's look.
@@ -77,8 +79,8 @@ def styles(methods: Sequence[tuple[str, str]]) -> dict[str, Style]:
     firsts = {kind: method for method, kind in reversed(methods)}
     for method, kind in methods:
         own = kind if firsts[kind] == method else None
-        colour = _free(own, firsts, KIND_COLOURS, SPARE_COLOURS, [style.colour for style in found.values()], GREY)
-        marker = _free(own, firsts, KIND_MARKERS, SPARE_MARKERS, [style.marker for style in found.values()], "o")
+        colour = _free(own, firsts, KIND_COLOURS, SPARE_COLOURS, [style.colour for style in found.values()])
+        marker = _free(own, firsts, KIND_MARKERS, SPARE_MARKERS, [style.marker for style in found.values()])
         found.setdefault(method, Style(colour, marker, DASHES[len(found) % len(DASHES)]))
     return found
 
@@ -89,13 +91,12 @@ def _free(
     looks: Mapping[str, str],
     spare: Sequence[str],
     taken: Sequence[str],
-    last: str,
 ) -> str:
-    """The look of a method's `own` kind, else one that no method has and no other of the `kinds` will take."""
+    """The look of a method's `own` kind, else the one fewest methods have and no other of the `kinds` takes."""
     if own is not None and own in looks:
         return looks[own]
     unclaimed = [look for kind, look in looks.items() if kind not in kinds]
-    return next((look for look in [*spare, *unclaimed] if look not in taken), last)
+    return min([*spare, *unclaimed], key=taken.count)
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -127,8 +128,14 @@ def entitle_all(figure: Figure, title: str) -> None:
 
 
 def legend(axes: Axes, **options: Any) -> None:
-    """The legend beside the axes, since lines and points may lie anywhere within."""
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3.2, **options)
+    """The legend beside the axes, since lines and points may lie anywhere within; the figure grows to hold it."""
+    made = axes.legend(
+        frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3.2, **options
+    )
+    lines = sum(1 + text.get_text().count("\n") for text in made.get_texts())
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_figheight(max(figure.get_figheight(), ABOVE + LINE * lines))
 
 
 def note(artist: Artist, text: str) -> None:
@@ -159,7 +166,19 @@ def scale(tables: Sequence[pd.DataFrame]) -> Normalize:
     return Normalize(0, highest)
 
 
-def heat(axes: Axes, table: pd.DataFrame, norm: Normalize, said: str, show: Any = "{:.2g}".format) -> None:
+def by_method(places: Mapping[str, pd.DataFrame], axis: Literal[0, 1] = 0) -> pd.DataFrame:
+    """Of each method's table of module types x layers the means of its layers (0) or types (1), as methods x these."""
+    return pd.DataFrame({method: table.mean(axis=axis) for method, table in places.items()}).T
+
+
+def heat(
+    axes: Axes,
+    table: pd.DataFrame,
+    norm: Normalize,
+    said: str,
+    show: Any = "{:.2g}".format,
+    across: str = "layer ",
+) -> None:
     """Draws a heat map of module types (rows) by layers (columns), each square with its number and its note.
 
     Args:
@@ -168,6 +187,7 @@ def heat(axes: Axes, table: pd.DataFrame, norm: Normalize, said: str, show: Any 
         norm: The colour scale.
         said: What a note says before the number.
         show: A value as text.
+        across: What a note says before the column's name.
     """
     colours, values = matplotlib.colormaps[MAP], table.to_numpy(float)
     layers, types = list(table.columns), [str(kind) for kind in table.index]
@@ -176,7 +196,7 @@ def heat(axes: Axes, table: pd.DataFrame, norm: Normalize, said: str, show: Any 
             continue
         shade = float(np.clip(norm(value), 0, 1))
         square = Rectangle((column - 0.5, row - 0.5), 1, 1, fc=colours(shade), ec="white", lw=1.0, clip_on=False)
-        note(square, f"layer {layers[column]}, {types[row]}: {said} {show(value)}")
+        note(square, f"{across}{layers[column]}, {types[row]}: {said} {show(value)}")
         square.set_in_layout(False)  # it lies within the axes; measuring each takes most of the time
         axes.add_patch(square)
         if len(layers) <= NUMBERED:

@@ -12,7 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from molf.report.style import (
     GREY,
     INK,
+    MANY,
     Style,
+    by_method,
     canvas,
     colour_bar,
     entitle,
@@ -23,8 +25,6 @@ from molf.report.style import (
     notes,
     scale,
 )
-
-MANY = 6  # methods above which a figure shows the means of each layer's modules, or nobody would scroll to its end
 
 
 def read_weights(evaluations: Sequence[Path]) -> pd.DataFrame | None:
@@ -49,11 +49,6 @@ def by_place(weights: pd.DataFrame, number: str) -> pd.DataFrame:
     """One of the numbers of `read_weights` as module types x layers."""
     kinds = list(dict.fromkeys(weights["type"]))
     return weights.pivot_table(index="type", columns="layer", values=number).reindex(kinds)
-
-
-def by_method(places: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Of each method's table of module types x layers the means of its layers, as methods x layers."""
-    return pd.DataFrame({method: table.mean() for method, table in places.items()}).T
 
 
 def moved_figure(title: str, weights: Mapping[str, pd.DataFrame]) -> Figure:
