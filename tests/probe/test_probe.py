@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,7 @@ def test_what_must_run_before_is_said(
 ) -> None:
     shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "quiet", lambda: None)
     assert run(["probe", "--task", "sql"]) == 2
     assert "dvc repro base@tiny prepare@sql && molf probe" in capsys.readouterr().err
     assert run(["probe", "--task", "poems"]) == 2 and "the grid has sql, med, fact" in capsys.readouterr().err
@@ -82,3 +85,10 @@ def test_less_is_looked_at_when_less_is_asked_for(project: Path, capsys: pytest.
     assert run(["probe", "--every", "2", "--steps", "0", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert {module["layer"] for module in found["modules"]} == {0} and found["choices"] == {}
+
+
+def test_libraries_do_not_speak_between(project: Path) -> None:
+    """A process of its own, since a library speaks when it is imported first."""
+    words = "from molf.cli import run; raise SystemExit(run(['probe', '--every', '2', '--steps', '0']))"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert "forecast: " in done.stdout and done.stderr == ""

@@ -16,15 +16,15 @@ def forecasts(options: argparse.Namespace) -> str:
     for name, least in (("batches", 4), ("steps", 0), ("every", 1)):
         if (given := getattr(options, name)) < least:
             raise UserError(f"--{name} {given}: at least {least}")
-    params = load_params()
-    pairs = probe.chosen(params, options.model, options.task)
-
     from molf import models
 
-    models.quiet()  # before the libraries that it quiets are imported
+    models.quiet()  # before anything imports the libraries that it quiets
     from tqdm import tqdm
 
     from molf.probe import page
+
+    params = load_params()
+    pairs = probe.chosen(params, options.model, options.task)
 
     def watch(items: Sequence[Any], words: str) -> Iterable[Any]:
         return tqdm(items, desc=words, disable=None, leave=False)
