@@ -67,6 +67,9 @@ def test_the_rivals_are_what_their_names_say() -> None:
         assert name in (said["winners"], f"per-{said['score_per']}")
         # What is compared differs in nothing else.
         assert said | {"winners": "scores", "score_per": "module"} == methods["molf"].model_dump()
+    alone, efficient = (methods[name].model_dump(mode="json") for name in ("lora-r8", "molf-e"))
+    assert alone["r"] == min(efficient["r"])
+    assert all(alone[key] == efficient[key] for key in alone if key in efficient and key not in ("kind", "r"))
 
 
 def test_the_relatives_of_lora_differ_from_it_in_what_they_are_and_are_no_references() -> None:
