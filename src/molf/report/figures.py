@@ -73,6 +73,7 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
     """
     found = []
     routed: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+    firsts: dict[tuple[str, str], str] = {}  # of `routed`, the expert in words
     ranks: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
 
     def add(model: str, task: str, name: str, figure: Figure, caption: str) -> None:
@@ -88,14 +89,14 @@ def draw(comparison: Mapping[str, Any], root: Path, folder: Path) -> list[dict[s
                 add(group["model"], group["task"], *drawn)
             names = {m["method"]: named(m) for m in group["methods"]}
             for name, routing in routings.items():
-                first = experts(routing)[0]
-                row = group["model"], f"{names[name]}:\n{expert_words(first)}"
+                first, row = experts(routing)[0], (group["model"], names[name])
+                firsts[row] = expert_words(first)
                 routed.setdefault(row, {})[group["task"]] = share_by_place(routing, first)
             for method, frame in weights.items():
                 rank = by_place(frame, "effective_rank")
                 ranks.setdefault((group["model"], method), {})[group["task"]] = rank
         several = len(comparison["groups"]) > 1
-        for drawn in _overviews(comparison, routed, ranks) if several else ():
+        for drawn in _overviews(comparison, routed, firsts, ranks) if several else ():
             add("", "", *drawn)
     return found
 
@@ -141,6 +142,7 @@ def _of_group(
     names = {m["method"]: named(m) for m in group["methods"]}
     routings = {names[method]: routing for method, routing in routings.items()}
     looks_by_name = {names[method]: look for method, look in looks.items()}
+    together = len(routings) > MANY
     beside = " ".join(f"{text}." for text in said(group))
     percent = f"{100 * comparison['confidence']:g} %"
     yield (
@@ -173,7 +175,7 @@ def _of_group(
         yield (
             "routing",
             routing_heat_map(routings, _title(group, "where the updates went")),
-            f"Each square is {'the mean of several linear layers' if len(routings) > MANY else 'one linear layer'}. "
+            f"Each square is {'the mean of several linear layers' if together else 'one linear layer'}. "
             "Its colour and number say in how many percent of the steps the named "
             "expert won the update. Yellow under \u201cthe full weight\u201d: this layer wants full rank. "
             f"{beside}".strip(),
@@ -181,7 +183,7 @@ def _of_group(
         yield (
             "share",
             share_figure(_title(group, "routing over time"), routings, looks_by_name),
-            f"Share of the steps that the first expert won{'' if len(routings) > MANY else ', by kind of layer'}. "
+            f"Share of the steps that the first expert won{'' if together else ', by kind of layer'}. "
             "A line that falls: LoRA takes over. "
             f"{beside}".strip(),
         )
@@ -224,13 +226,18 @@ def _of_group(
 
 
 def _overviews(
-    comparison: Mapping[str, Any], routed: Mapping[Any, Frames], ranks: Mapping[Any, Frames]
+    comparison: Mapping[str, Any],
+    routed: Mapping[Any, Frames],
+    firsts: Mapping[Any, str],
+    ranks: Mapping[Any, Frames],
 ) -> Iterator[Drawn]:
     """Tasks and models beside each other."""
     data = " (generated data)" if comparison["generated"] else ""
     if routed:
         if many := len(routed) > MANY:
-            routed = _all_methods({(model, row.partition(":\n")[0]): of for (model, row), of in routed.items()})
+            routed = _all_methods(routed)
+        else:
+            routed = {(model, f"{name}:\n{firsts[model, name]}"): of for (model, name), of in routed.items()}
         yield (
             "overview-routing",
             overview_figure(routed, f"Where each task wants the first expert{data}", "first expert won", share=True),
