@@ -12,6 +12,7 @@ from molf.batches import Collator, encode_examples
 from molf.config import check_params, read_yaml
 from molf.encoding import IGNORED, PLAIN_CHAT
 from molf.errors import RunError, UserError
+from molf.methods import METHODS
 from molf.methods.sample import completion_loss
 from molf.models import folder_hash, load_model, load_tokenizer
 from molf.training import Outcome, train, warmup_steps
@@ -71,6 +72,22 @@ def test_every_step_of_a_routed_cell_is_recorded(base: Path, tmp_path: Path, met
     assert outcome.routing.groupby(["step", "module"])["won"].sum().eq(1).all()
     assert not outcome.routing.loc[outcome.routing["step"] == 1, "counted"].any()
     assert abs(sum(outcome.summary["routing"]["share"].values()) - 1) < 1e-9
+
+
+def test_peak_memory_counts_what_a_method_needs_before_the_first_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = cell(base, "fft", tmp_path / "plain", max_steps=2).summary["peak_memory_bytes"]
+    prepare = METHODS["fft"].prepare
+
+    def greedy(*arguments: Any) -> Any:
+        torch.ones(100_000_000)  # 400 MB, freed at once
+        return prepare(*arguments)
+
+    monkeypatch.setattr(METHODS["fft"], "prepare", greedy)
+    outcome = cell(base, "fft", tmp_path / "greedy", max_steps=2)
+    assert outcome.summary["peak_memory_bytes"] > plain + 300_000_000
+    assert outcome.history["peak_memory_bytes"].iloc[0] > plain + 300_000_000
 
 
 @pytest.mark.parametrize("method", ["fft", "molf"])

@@ -297,6 +297,7 @@ def train(
     accumulation = micro_batches * training.processes
     steps = total_steps(training, len(examples))
     sample = Sample(SeededBatches(order, rows), examples.rows, collator, model, accumulation, steps)
+    reset_peak_memory()  # what a method looks at before the first step needs its memory too
     try:
         model = method.prepare(model, block, sample)
         optimizer = method.optimizer(model, block, training)
@@ -358,7 +359,6 @@ def train(
     recorder.trainer = trainer
     stateful, proof = optional(method, "stateful"), optional(method, "proof")
     own = {f"method.{name}": part for name, part in stateful(model).items()} if stateful else {}
-    reset_peak_memory()
     try:
         if keeper is None:
             trainer.train()
