@@ -58,9 +58,9 @@ def test_the_rivals_are_what_their_names_say() -> None:
     kinds = {name: of["kind"] if of else None for name, of in found.items() if name.startswith("molf-")}
     controls = ("k2", "shuffled", "random", "alternate", "full", "lora")
     expected = {f"molf-{name}": "control" for name in controls} | dict.fromkeys(
-        ("molf-per-layer", "molf-per-model"), "ablation"
+        ("molf-pfn", "molf-per-layer", "molf-per-model"), "ablation"
     )
-    judged = ("molf-e", "molf-2experts", "molf-e-3", "molf-pfn")
+    judged = ("molf-e", "molf-2experts", "molf-e-3", "molf-e-equal")
     assert kinds.items() >= (expected | dict.fromkeys(judged)).items()
     for name in (*controls[1:], "per-layer", "per-model"):
         said = methods[f"molf-{name}"].model_dump()

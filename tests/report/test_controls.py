@@ -97,7 +97,7 @@ def test_a_control_becomes_no_champion(tmp_path: Path, monkeypatch: pytest.Monke
     ("method", "changes", "kind", "words"),
     [
         ("molf", {}, None, ""),
-        ("molf", {"r": [8, 32], "score": "pfn", "top_k": 2}, None, ""),  # more experts, the other score: still MoLF
+        ("molf", {"r": [8, 32], "top_k": 2}, None, ""),  # more experts: still MoLF
         ("molf", {"top_k": 2}, "control", "all experts win in every step"),
         ("molf", {"winners": "shuffled"}, "control", "each step's winners dealt out to the modules at random"),
         ("molf", {"winners": "full"}, "control", "the full weight always wins"),
@@ -105,6 +105,14 @@ def test_a_control_becomes_no_champion(tmp_path: Path, monkeypatch: pytest.Monke
         ("molf", {"winners": "alternate"}, "control", "the experts win in turn"),
         ("molf", {"score_per": "layer"}, "ablation", "one score over all modules of a layer"),
         ("molf-e", {"score_per": "model"}, "ablation", "one score over all modules of the model"),
+        ("molf-e", {"score": "pfn"}, "ablation", "the score is the preconditioned Frobenius norm"),
+        (
+            "molf",
+            {"score": "pfn", "score_per": "layer"},
+            "ablation",
+            "the score is the preconditioned Frobenius norm, one score over all modules of a layer",
+        ),
+        ("molf", {"score": "pfn", "winners": "random"}, "control", "winners drawn at random"),
         ("molf-e", {"winners": "random", "score_per": "layer"}, "control", "winners drawn at random"),
         ("lora", {}, None, ""),
     ],

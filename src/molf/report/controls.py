@@ -11,6 +11,7 @@ WORDS = {
     "lora": "a LoRA expert always wins",
     "alternate": "the experts win in turn",
 }
+SCORES = {"pfn": "the score is the preconditioned Frobenius norm"}
 SCOPES = {"layer": "one score over all modules of a layer", "model": "one score over all modules of the model"}
 
 
@@ -32,8 +33,9 @@ def control(block: Mapping[str, Any]) -> dict[str, str] | None:
         return {"kind": "control", "words": words}
     if block["top_k"] == len(block["r"]) + (block["kind"] == "molf"):
         return {"kind": "control", "words": "all experts win in every step"}
-    scope = SCOPES.get(block.get("score_per", "module"))
-    return {"kind": "ablation", "words": scope} if scope else None
+    otherwise = (SCORES.get(block["score"]), SCOPES.get(block.get("score_per", "module")))
+    words = ", ".join(filter(None, otherwise))
+    return {"kind": "ablation", "words": words} if words else None
 
 
 def kind_of(block: Mapping[str, Any]) -> str:
