@@ -1,5 +1,4 @@
 import sqlite3
-import tarfile
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from molf.blocks import SqlOptions
 from molf.errors import RunError
+from molf.raw import extract_databases
 from molf.tasks import sql
 from tests.tasks.helpers import EVALUATION, SHARED, StandIn, real, rejected, with_ids
 
@@ -208,8 +208,7 @@ def test_real_gretel_rows(split: str, share: float) -> None:
 def test_real_spider_rows(tmp_path: Path) -> None:
     frame = real("sql/spider_dev.jsonl.gz")
     assert rejected(sql.raw_schema(OPTIONS), frame) == set()
-    with tarfile.open(SHARED / "sql/spider_databases.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    extract_databases(SHARED / "sql/spider_databases.tar.gz", tmp_path, "databases")
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*") if path.parent.name in set(frame["db_id"])}
     scores = sql.metrics(gold_as_prediction(frame, SqlOptions(databases=str(tmp_path), must_run=True)))
     assert scores["execution_accuracy"] == scores["exact_match"] == 1.0
