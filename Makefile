@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GEMMA := $(VENV)/.installed-gemma
+FULL := $(VENV)/.installed-full
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Two processes share the tests, a file's own in one: half of the time is waiting.
@@ -25,6 +26,10 @@ $(GEMMA): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,gemma,dev]'
 	@touch $@
 
+$(FULL): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,gemma,qlora,dev]'
+	@touch $@ $(GEMMA)
+
 install: $(STAMP) ## make the environment in .venv
 
 run: $(STAMP) ## bring everything up to date (dvc repro) and print the comparison
@@ -41,7 +46,7 @@ lint: $(STAMP)
 test: lint ## ruff, type checker, tests
 	pytest -m 'not acceptance' $(SPREAD)
 
-acceptance: $(GEMMA) ## the whole pipeline, browser, servers, real data
+acceptance: $(FULL) ## the whole pipeline, browser, servers, real data
 	pytest -m acceptance $(SPREAD)
 
 bench: $(STAMP) ## speed and memory beside plain fine-tuning's, one table (minutes; wants a quiet machine)

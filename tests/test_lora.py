@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {**PLAIN, "use_dora": True},
     "pissa": {**PLAIN, "init_lora_weights": "pissa"},
     "loraplus": {**PLAIN, "loraplus_lr_ratio": 16.0, "learning_rate": 5e-4},
+    "qlora": {**PLAIN, "base_bits": 4},
 }
-if importlib.util.find_spec("bitsandbytes"):
-    VARIANTS["qlora"] = {**PLAIN, "base_bits": 4}
-every_variant = pytest.mark.parametrize("name", VARIANTS)
+# bitsandbytes is installed for the acceptance runs alone.
+IN_4_BITS = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(
+        importlib.util.find_spec("bitsandbytes") is None,
+        reason="bitsandbytes is not installed (pip install '.[qlora]')",
+    ),
+]
+
+
+def in_4_bits(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of QLoRA."""
+    for mark in IN_4_BITS:
+        test = mark(test)
+    return test
+
+
+every_variant = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=IN_4_BITS if name == "qlora" else ()) for name in VARIANTS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +105,8 @@ def logits(model: Any, base: Path) -> Tensor:
 
 def rounded(base: Path) -> Any:
     """The base model with the targets' weights through 4 bits and back, by bitsandbytes' functions alone."""
-    functional = pytest.importorskip("bitsandbytes").functional
+    from bitsandbytes import functional
+
     model: Any = load_model(base, torch.float32)
     for name in (n.removeprefix("base_model.model.") for n in lora.targets(prepared(base, "classic"))):
         weight = model.get_submodule(name).weight
@@ -271,8 +291,8 @@ def test_lora_plus_steps_are_adamws_with_two_rates(base: Path, tmp_path: Path, k
 # --- QLoRA -----------------------------------------------------------------------------------------------------------
 
 
+@in_4_bits
 def test_a_base_of_4_bits_takes_an_eighth_and_counts_as_what_it_holds(base: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install '.[qlora]')")
     model, plain = prepared(base, "qlora"), prepared(base, "classic")
     assert parameter_counts(model) == parameter_counts(plain)
     for name, layer in lora.targets(model).items():
@@ -282,8 +302,8 @@ def test_a_base_of_4_bits_takes_an_eighth_and_counts_as_what_it_holds(base: Path
     assert 0.05 < model.quantization_error < 0.15
 
 
+@in_4_bits
 def test_a_base_that_is_not_in_4_bits_is_named(base: Path, tmp_path: Path, kept: list[Any]) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install '.[qlora]')")
     cell(base, tmp_path / "cell", "qlora")
     [(model, optimizer, block)] = kept
     layer = lora.targets(model)["base_model.model.model.layers.0.mlp.up_proj"]
@@ -292,8 +312,8 @@ def test_a_base_that_is_not_in_4_bits_is_named(base: Path, tmp_path: Path, kept:
         lora.proof(model, optimizer, block)
 
 
+@in_4_bits
 def test_a_base_that_4_bits_do_not_fit_is_refused(tied_base: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install '.[qlora]')")
     with pytest.raises(ValueError, match="base_bits: 4 takes 64 inputs at a time, and base_model.* has 32"):
         prepared(tied_base, "qlora")
     honest = fourbit.dequantized
@@ -302,6 +322,13 @@ def test_a_base_that_4_bits_do_not_fit_is_refused(tied_base: Path, base: Path, m
         RunError, match="QLoRA: 4 bits lost 4[0-9] % of base_model.model.model.layers.0.self_attn.q_proj"
     ):
         prepared(base, "qlora")
+
+
+@in_4_bits
+def test_their_library_says_nothing_when_peft_imports_it() -> None:
+    script = "from molf import models; models.quiet(); import peft, sys; assert 'bitsandbytes' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
 
 
 def test_4_bits_without_their_library_are_a_message(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

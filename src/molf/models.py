@@ -140,8 +140,8 @@ def quiet() -> None:
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
     # Deprecations inside transformers, PEFT and accelerate are theirs to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
-    # torchao warns at every import of its users of extensions that the CPU does not need.
-    for name in ("torchao", "torch.utils._pytree"):
+    # torchao and bitsandbytes warn at every import of their users of extensions that the CPU does not need.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         std_logging.getLogger(name).setLevel(std_logging.ERROR)
     from transformers.utils import logging
 
