@@ -19,10 +19,12 @@ from molf.errors import Interrupted, RunError, UserError
 from molf.method_blocks import LoraMethod
 from molf.methods import fourbit, lora, principal
 from molf.models import folder_hash, load_model, load_tokenizer, parameter_counts
+from molf.paths import Cell, read_json, write_json
 from molf.resume import Keeper
 from molf.training import Outcome, train
 from tests.conftest import ROOT, SHAPE, frame, write_base
 from tests.test_resume import Stopper
+from tests.trained import make, run_stage
 
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 6, "use_rslora": False, "learning_rate": 5e-3}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -322,6 +324,25 @@ def test_a_base_that_4_bits_do_not_fit_is_refused(tied_base: Path, base: Path, m
         RunError, match="QLoRA: 4 bits lost 4[0-9] % of base_model.model.model.layers.0.self_attn.q_proj"
     ):
         prepared(base, "qlora")
+
+
+@in_4_bits
+def test_it_is_swept_and_compared_with_methods_that_need_no_such_library(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = read_yaml(ROOT / "params.yaml")["methods"]["lora"]
+    root = make(tmp_path / "project", base, blocks={n: plain | VARIANTS[n] for n in ("classic", "qlora")})
+    [group] = read_json(root / "reports/comparison.json")["groups"]
+    assert [(m["method"], m["kind"]) for m in group["methods"]] == [("classic", "lora"), ("qlora", "qlora")]
+
+    data = read_json(root / "params.yaml")
+    data["grid"]["tune"] = [0.5, 2]
+    write_json(root / "params.yaml", data)
+    monkeypatch.chdir(root)
+    run_stage("sweep", "tiny", "fact", "qlora", "2")
+    trial = read_json(Path("sweeps/tiny/fact/qlora/factor-2/trial.json"))
+    run = read_json(Cell("tiny", "fact", "qlora", 0).results / "train/run.json")
+    assert trial["versions"] == run["versions"] and "bitsandbytes" in run["versions"]
 
 
 @in_4_bits

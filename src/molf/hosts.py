@@ -133,7 +133,7 @@ def facts(package: Path) -> dict[str, Any]:
     methods = [closure.of_method(kind) for kind in KINDS]
     return {
         "code": " ".join(closure.code_hash(stage, *methods, package=package) for stage in STAGES),
-        "versions": machine.versions("8bit"),
+        "versions": machine.versions("8bit", base_bits=4),
         "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
     }
 

@@ -177,7 +177,7 @@ def test_cell_of_other_params_is_refused_with_what_differs(params: Params, tmp_p
         ("train/run.json", "data", {"hash": "other", "source": {}}, "trained on unlike data"),
         ("train/run.json", "model", {"hash": "other", "name": "tiny"}, "trained on unlike models"),
         ("train/run.json", "code", "other", "unlike versions of molf's code"),
-        ("train/run.json", "versions", {"torch": "1.0"}, "unlike library versions"),
+        ("train/run.json", "versions", {"torch": "1.0"}, "unlike versions of torch: "),
         ("evaluation/metrics.json", "code", "other", "not all evaluated by the same code"),
         ("evaluation/metrics.json", "evaluation", {"batch_size": 1}, "batch_size was 1, is 8"),
     ],
@@ -186,6 +186,15 @@ def test_cells_that_do_not_belong_together(
     params: Params, tmp_path: Path, file: str, key: str, value: Any, expected: str
 ) -> None:
     edit(tmp_path / FFT.results / file, lambda content: content.update({key: value}))
+    assert expected in refused(params, tmp_path)
+
+
+def test_a_library_of_one_method_alone_is_asked_of_that_method_alone(params: Params, tmp_path: Path) -> None:
+    for cell in (FFT, Cell("tiny", "sql", "lora", 0)):
+        edit(tmp_path / cell.results / "train/run.json", lambda run: run["versions"].update(bitsandbytes="0.50"))
+    build(params, tmp_path)
+    edit(tmp_path / FFT.results / "train/run.json", lambda run: run["versions"].update(bitsandbytes="0.49"))
+    expected = "unlike versions of bitsandbytes: tiny/sql/fft/seed-0 0.49, tiny/sql/lora/seed-0 0.50"
     assert expected in refused(params, tmp_path)
 
 

@@ -222,7 +222,7 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Loaded], base: Loaded |
             (f"versions of the code of {method}", {cell.name: cells[cell]["run"]["code"] for cell in seeds})
             for method, seeds in _by_method(cells).items()
         ),
-        ("library versions", {cell.name: fingerprint(found["run"]["versions"]) for cell, found in cells.items()}),
+        *((f"versions of {library}", of) for library, of in _by_library(cells).items()),
     ):
         if len(set(hashes.values())) > 1:
             shown = ", ".join(f"{name} {value[:12]}" for name, value in hashes.items())
@@ -254,6 +254,15 @@ def _misfits(model: str, task: str, cells: Mapping[Cell, Loaded], base: Loaded |
     ]
     if any(texts != general[0] for texts in general):
         yield f"{where}: the general loss was measured on unlike texts"
+
+
+def _by_library(cells: Mapping[Cell, Loaded]) -> dict[str, dict[str, str]]:
+    """Each library's version in the cells that depend on it: some are of one method alone."""
+    found: dict[str, dict[str, str]] = {}
+    for cell, loaded in cells.items():
+        for library, version in loaded["run"]["versions"].items():
+            found.setdefault(library, {})[cell.name] = str(version)
+    return found
 
 
 def _by_method(cells: Iterable[Cell]) -> dict[str, list[Cell]]:

@@ -92,13 +92,14 @@ def record(trial: Trial, params: Params, budget: Training) -> dict[str, Any]:
     from molf import closure, machine, models
 
     files = dict.fromkeys((f"{params.trial_rows(trial.task)}.parquet", SCORED_ON))
-    method = closure.of_method(params.methods[trial.method].kind)
+    block = params.methods[trial.method]
+    method = closure.of_method(block.kind)
     parts: dict[str, Any] = {
         "config": trial_config(params, trial),
         "data": {name: file_hash(PREPARED / trial.task / name) for name in files},
         "model": models.describe(MODELS / trial.model),
         "code": closure.code_hash("molf.stages.sweep", method),
-        "versions": machine.versions(budget.moments),
+        "versions": machine.versions(budget.moments, getattr(block, "base_bits", None)),
         "evaluation": params.evaluation.model_dump(mode="json", include={"batch_size", "max_new_tokens"}),
     }
     return {
