@@ -81,7 +81,8 @@ def test_peak_memory_counts_what_a_method_needs_before_the_first_step(
     prepare = METHODS["fft"].prepare
 
     def greedy(*arguments: Any) -> Any:
-        torch.ones(100_000_000)  # 400 MB, freed at once
+        # 400 MB, freed at once, where peaks are counted
+        torch.ones(100_000_000, device="cuda" if torch.cuda.is_available() else "cpu")
         return prepare(*arguments)
 
     monkeypatch.setattr(METHODS["fft"], "prepare", greedy)
